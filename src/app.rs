@@ -1,0 +1,212 @@
+//! The only place that wires, starts and stops.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    task::JoinSet,
+    time,
+};
+use tokio_util::sync::CancellationToken;
+use tonic_health::server::{HealthReporter, HealthService};
+use tower::util::BoxCloneSyncService;
+
+use crate::{
+    config::Config,
+    db::{self, Db},
+    embedded::Embedded,
+    health, list, pb, purge,
+    server::{self, Services},
+    service::Users,
+    telemetry::describe,
+    users,
+};
+
+/// Between two attempts to reach a database that is not there yet.
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
+
+/// Runs the service until SIGTERM or SIGINT, or until a part of it fails.
+pub async fn serve(config: Config) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let listener = TcpListener::bind(config.listen_addr)
+        .await
+        .with_context(|| format!("cannot listen on {}", config.listen_addr))?;
+    let addr = listener.local_addr()?;
+    let (embedded, postgres) = open(&config).await?;
+
+    let (db, abandoned) = Db::new(&config, postgres.clone(), &statements())?;
+    let db = Arc::new(db);
+    let mut reporter = health::reporter().await;
+    let services = services(Users::new(Arc::clone(&db)), &reporter)?;
+    let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
+
+    let mut tasks = JoinSet::new();
+    spawn(&mut tasks, &stop_tasks, {
+        let (db, reporter) = (Arc::clone(&db), reporter.clone());
+        let purge_interval = Duration::from_millis(config.purge_interval_ms);
+        async move {
+            prepare(&postgres, &db).await?;
+            tokio::join!(health::watch_database(&db, &reporter), purge::run(&db, purge_interval));
+            Ok(())
+        }
+    });
+    // It goes on when the others stop, for those that are cut off at the end.
+    let mut canceller = JoinSet::new();
+    canceller.spawn(db::cancel_abandoned(abandoned));
+    let mut server = JoinSet::new();
+    server.spawn({
+        let (config, stop) = (config.clone(), stop_server.clone());
+        async move { server::serve(listener, services, &config, stop).await }
+    });
+    tracing::info!(%addr, "listening");
+
+    let result = tokio::select! {
+        name = signals.next() => {
+            tracing::info!(signal = name, "stopping");
+            Ok(())
+        }
+        ended = tasks.join_next() => ended_early(ended),
+        ended = server.join_next() => ended_early(ended.map(|ended| ended.map(Ok))),
+    };
+
+    // Back in the opposite order. Clients notice, calls finish, tasks stop.
+    stop_tasks.cancel();
+    while tasks.join_next().await.is_some() {}
+    health::set_ready(&reporter, false).await;
+    if result.is_ok() {
+        let delay = Duration::from_millis(config.drain_delay_ms);
+        tokio::select! { () = time::sleep(delay) => {}, _ = signals.next() => {} }
+    }
+    stop_server.cancel();
+    health::end_watches(&mut reporter).await;
+    while server.join_next().await.is_some() {}
+    db.close();
+    drop(db);
+    while canceller.join_next().await.is_some() {}
+    if let Some(embedded) = embedded {
+        embedded.stop().await?;
+    }
+    tracing::info!("stopped");
+    result
+}
+
+/// Brings the database's schema up to date.
+pub async fn migrate(config: Config) -> anyhow::Result<()> {
+    let (embedded, postgres) = open(&config).await?;
+    let result = db::migrate(&postgres).await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await?;
+    }
+    result
+}
+
+/// The database of `DATABASE_URL`, or the private one.
+async fn open(config: &Config) -> anyhow::Result<(Option<Embedded>, tokio_postgres::Config)> {
+    let embedded = match &config.database_url {
+        Some(_) => None,
+        None => Some(Embedded::start(&config.data_dir()).await?),
+    };
+    let given = config.database_url.clone().or_else(|| embedded.as_ref().map(Embedded::config));
+    let postgres = db::with_timeouts(given.context("no database")?);
+    Ok((embedded, postgres))
+}
+
+/// Waits for the database, however long it takes, and makes it ready. What waiting
+/// does not cure is an error.
+async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<()> {
+    let mut delay = RETRY_DELAY_MIN;
+    loop {
+        let Err(error) = async {
+            db::migrate(postgres).await?;
+            db.warm().await
+        }
+        .await
+        else {
+            return Ok(());
+        };
+        if !db::is_transient(&error) {
+            return Err(error.context("cannot prepare the database"));
+        }
+        tracing::warn!(
+            error = describe(error.as_ref()),
+            delay_ms = delay.as_millis() as u64,
+            "no database yet"
+        );
+        time::sleep(delay).await;
+        delay = (delay * 2).min(RETRY_DELAY_MAX);
+    }
+}
+
+fn statements() -> Vec<&'static str> {
+    [users::STATEMENTS, list::STATEMENTS, purge::STATEMENTS, &[db::IS_WRITABLE]].concat()
+}
+
+fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Services> {
+    let health = HealthService::from_health_reporter(reporter.clone());
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    Ok(Services(
+        [
+            (
+                pb::user_service_server::SERVICE_NAME,
+                BoxCloneSyncService::new(pb::user_service_server::UserServiceServer::new(users)),
+            ),
+            (
+                tonic_health::pb::health_server::SERVICE_NAME,
+                BoxCloneSyncService::new(tonic_health::pb::health_server::HealthServer::new(health)),
+            ),
+            ("grpc.reflection.v1.ServerReflection", BoxCloneSyncService::new(reflection().build_v1()?)),
+            (
+                "grpc.reflection.v1alpha.ServerReflection",
+                BoxCloneSyncService::new(reflection().build_v1alpha()?),
+            ),
+        ]
+        .into(),
+    ))
+}
+
+/// Starts a task that ends with an error, or when it is told to stop.
+fn spawn(
+    tasks: &mut JoinSet<anyhow::Result<()>>,
+    stop: &CancellationToken,
+    task: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+) {
+    let stop = stop.clone();
+    tasks.spawn(async move { stop.run_until_cancelled(task).await.unwrap_or(Ok(())) });
+}
+
+/// Parts of the service do not end by themselves: one that does has failed, and
+/// the process is better started anew than left without it.
+fn ended_early(ended: Option<Result<anyhow::Result<()>, tokio::task::JoinError>>) -> anyhow::Result<()> {
+    match ended {
+        Some(Ok(Err(error))) => Err(error),
+        Some(Err(error)) => Err(error.into()),
+        _ => bail!("a part of the service ended early"),
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

@@ -1,0 +1,382 @@
+//! The way to PostgreSQL: the pool, what a statement goes through, the
+//! migrations.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use deadpool_postgres::{
+    ClientWrapper, Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod,
+    Runtime, TimeoutType,
+};
+use futures_util::{StreamExt, future, stream};
+use tokio::{sync::mpsc, time};
+use tokio_postgres::{
+    NoTls, Row,
+    error::{DbError, SqlState},
+    types::ToSql,
+};
+
+use crate::{
+    config::Config,
+    error::{Access, Error, is_connection_lost},
+    telemetry::describe,
+};
+
+/// Opening a connection, from TCP to the last prepared statement.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Asking PostgreSQL to cancel a statement.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection is replaced when it is this old, so that connections spread over
+/// what stands behind the address, and a backend's memory does not only grow.
+const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
+/// Whoever waits longer for a table lock in a migration stands in the way of all.
+const MIGRATION_LOCK_TIMEOUT_MS: u32 = 5_000;
+/// How often a replica looks whether another one has finished migrating.
+const MIGRATION_POLL: Duration = Duration::from_millis(50);
+/// The advisory lock of migrations: "users", in ASCII.
+const MIGRATION_LOCK: i64 = 0x75_73_65_72_73;
+
+/// The parameters of a statement, `$1` first.
+pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
+
+/// The database, as far as calls need it: statements, one at a time, each on a
+/// connection of its own.
+#[derive(Debug)]
+pub struct Db {
+    pool: Pool,
+    max_waiting: usize,
+    /// Connections whose statement nobody waits for any more.
+    abandoned: mpsc::UnboundedSender<Object>,
+    /// Set once the schema is there; calls that come earlier are refused.
+    is_migrated: AtomicBool,
+    /// Set by every statement that PostgreSQL answered.
+    has_answered: AtomicBool,
+}
+
+/// What [`cancel_abandoned`] works on.
+pub type Abandoned = mpsc::UnboundedReceiver<Object>;
+
+impl Db {
+    /// A pool, without any connection yet. Every connection prepares
+    /// `statements` before it is used, so that no call pays for it, and a
+    /// statement that does not fit the schema is found at the start.
+    pub fn new(
+        config: &Config,
+        postgres: tokio_postgres::Config,
+        statements: &[&'static str],
+    ) -> anyhow::Result<(Self, Abandoned)> {
+        // Fast: a connection that broke is known to be closed without asking.
+        let recycling_method = RecyclingMethod::Fast;
+        let manager = Manager::from_config(postgres, NoTls, ManagerConfig { recycling_method });
+        let session: Arc<str> = session_settings(config.call_timeout_ms).into();
+        let statements: Arc<[&str]> = statements.into();
+        let pool = Pool::builder(manager)
+            .max_size(config.pool_size)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(Duration::from_millis(config.pool_wait_timeout_ms)))
+            .create_timeout(Some(CONNECT_TIMEOUT))
+            .recycle_timeout(Some(CONNECT_TIMEOUT))
+            .post_create(Hook::async_fn(move |client: &mut ClientWrapper, _| {
+                let (session, statements) = (Arc::clone(&session), Arc::clone(&statements));
+                Box::pin(async move {
+                    // All in one round trip: the client sends them without waiting.
+                    let prepared =
+                        future::try_join_all(statements.iter().map(|sql| client.prepare_cached(sql)));
+                    future::try_join(client.batch_execute(&session), prepared)
+                        .await
+                        .map_err(HookError::Backend)?;
+                    Ok(())
+                })
+            }))
+            .build()
+            .context("cannot build the connection pool")?;
+        let (abandoned, receiver) = mpsc::unbounded_channel();
+        let db = Self {
+            pool,
+            max_waiting: config.max_waiting_calls,
+            abandoned,
+            is_migrated: AtomicBool::new(false),
+            has_answered: AtomicBool::new(false),
+        };
+        Ok((db, receiver))
+    }
+
+    /// Runs a statement. What it writes is committed when this returns `Ok`.
+    pub async fn run(
+        &self,
+        access: Access,
+        sql: &'static str,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, Error> {
+        let started = Instant::now();
+        let mut connection = self.connection().await?;
+        let wait = started.elapsed();
+        let mut result = connection.query(access, sql, params).await;
+        if result.as_ref().is_err_and(is_stale_statement) {
+            // The schema changed under the prepared statement, which did nothing.
+            connection = self.fresh_connection(connection).await?;
+            result = connection.query(access, sql, params).await;
+        }
+        tracing::debug!(
+            sql,
+            rows = result.as_ref().map_or(0, Vec::len),
+            wait_us = micros(wait),
+            statement_us = micros(started.elapsed() - wait),
+            "statement"
+        );
+        connection.finish(access, result)
+    }
+
+    async fn connection(&self) -> Result<Connection<'_>, Error> {
+        if !self.is_migrated.load(Ordering::Acquire) {
+            return Err(Error::DatabaseUnavailable);
+        }
+        if self.pool.status().waiting >= self.max_waiting {
+            return Err(Error::Overloaded);
+        }
+        match self.pool.get().await {
+            Ok(object) => Ok(Connection { object: Some(object), is_idle: true, db: self }),
+            Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Overloaded),
+            Err(error) => {
+                // The loss of the database is logged once, by its health.
+                tracing::debug!(error = describe(&error), "no connection");
+                Err(Error::DatabaseUnavailable)
+            }
+        }
+    }
+
+    /// Another connection instead of one whose statements are stale. All others
+    /// are as old, so they go too.
+    async fn fresh_connection(&self, mut stale: Connection<'_>) -> Result<Connection<'_>, Error> {
+        stale.discard();
+        self.pool.retain(|_, _| false);
+        self.connection().await
+    }
+
+    /// Opens the first connection; an error is an error of the start.
+    pub async fn warm(&self) -> anyhow::Result<()> {
+        let object = self.pool.get().await?;
+        drop(object);
+        self.is_migrated.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether PostgreSQL answered lately, and can write. It is asked only if no
+    /// call has found out already.
+    pub async fn is_answering(&self, timeout: Duration) -> bool {
+        if self.has_answered.swap(false, Ordering::Relaxed) {
+            return true;
+        }
+        let probe = async {
+            let object = self.pool.get().await?;
+            let statement = object.prepare_cached(IS_WRITABLE).await?;
+            let is_writable: bool = object.query_one(&statement, &[]).await?.try_get(0)?;
+            anyhow::ensure!(is_writable, "it is a standby");
+            Ok(())
+        };
+        match time::timeout(timeout, probe).await {
+            Ok(Ok(())) => true,
+            Ok(Err(error)) => {
+                tracing::debug!(error = describe(error.as_ref()), "the database does not answer");
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Closes connections that are too old, unless they are in use.
+    pub fn retire_connections(&self) {
+        self.pool.retain(|_, metrics| metrics.age() < MAX_CONNECTION_AGE);
+    }
+
+    /// Closes the pool: idle connections now, others when they come back.
+    pub fn close(&self) {
+        self.pool.close();
+    }
+}
+
+/// Whether this server accepts writes, which a standby does not.
+pub const IS_WRITABLE: &str = "select not pg_is_in_recovery()";
+
+/// A connection on loan. If the call goes away while its statement runs, the
+/// connection is not given to anybody until PostgreSQL has cancelled it.
+struct Connection<'a> {
+    /// Taken only when the connection is discarded.
+    object: Option<Object>,
+    is_idle: bool,
+    db: &'a Db,
+}
+
+impl Connection<'_> {
+    /// Runs a statement; the connection is busy until [`Connection::finish`].
+    async fn query(
+        &mut self,
+        access: Access,
+        sql: &str,
+        params: Params<'_>,
+    ) -> Result<Vec<Row>, tokio_postgres::Error> {
+        self.is_idle = false;
+        let Some(client) = &mut self.object else { return Ok(Vec::new()) };
+        if access == Access::Rehearse {
+            let transaction = client.transaction().await?;
+            let statement = transaction.prepare_cached(sql).await?;
+            let result = transaction.query(&statement, params).await;
+            transaction.rollback().await?;
+            return result;
+        }
+        let statement = client.prepare_cached(sql).await?;
+        client.query(&statement, params).await
+    }
+
+    /// Gives the connection back, or closes it if it is of no more use.
+    fn finish(
+        mut self,
+        access: Access,
+        result: Result<Vec<Row>, tokio_postgres::Error>,
+    ) -> Result<Vec<Row>, Error> {
+        self.is_idle = true;
+        let error = match result {
+            Ok(rows) => {
+                self.db.has_answered.store(true, Ordering::Relaxed);
+                return Ok(rows);
+            }
+            Err(error) => error,
+        };
+        if !is_reusable(&error) {
+            self.discard();
+        }
+        let meaning = Error::from_postgres(&error, access);
+        if meaning == Error::Internal {
+            tracing::error!(error = describe(&error), "a statement failed");
+        } else {
+            tracing::debug!(error = describe(&error), "a statement was refused");
+        }
+        Err(meaning)
+    }
+
+    /// Closes the connection.
+    fn discard(&mut self) {
+        self.is_idle = true;
+        self.object.take().map(Object::take);
+    }
+}
+
+impl Drop for Connection<'_> {
+    fn drop(&mut self) {
+        if !self.is_idle
+            && let Some(object) = self.object.take()
+        {
+            // Without a receiver the service is at its end, and the object's own
+            // drop closes the connection.
+            let _ = self.db.abandoned.send(object);
+        }
+    }
+}
+
+/// Cancels the statements of calls that went away, and closes their connections:
+/// a late cancellation must not hit the next call. Each keeps its place in the
+/// pool until then, so that there are never more than the pool's size.
+pub async fn cancel_abandoned(abandoned: Abandoned) {
+    stream::unfold(abandoned, async |mut receiver| receiver.recv().await.map(|object| (object, receiver)))
+        .for_each_concurrent(None, async |object| {
+            let cancelled = time::timeout(CANCEL_TIMEOUT, object.cancel_token().cancel_query(NoTls)).await;
+            tracing::debug!(cancelled = matches!(cancelled, Ok(Ok(()))), "statement abandoned");
+            drop(Object::take(object));
+        })
+        .await;
+}
+
+/// What each connection is told first. There is one plan for each statement, the
+/// one that the tests look at, made when nothing is known yet of how large the
+/// tables will be: so it goes by indexes. A backend whose client has gone stops.
+fn session_settings(call_timeout_ms: u64) -> String {
+    format!(
+        "set statement_timeout = {call_timeout_ms};
+         set idle_in_transaction_session_timeout = {call_timeout_ms};
+         set client_connection_check_interval = 1000;
+         set plan_cache_mode = force_generic_plan;
+         set enable_seqscan = off;
+         set enable_bitmapscan = off;"
+    )
+}
+
+/// "cached plan must not change result type", or a prepared statement that the
+/// server does not know.
+fn is_stale_statement(error: &tokio_postgres::Error) -> bool {
+    matches!(error.code(), Some(&SqlState::FEATURE_NOT_SUPPORTED | &SqlState::INVALID_SQL_STATEMENT_NAME))
+}
+
+/// Whether the connection can serve the next call after this error. One to a
+/// server that has become a standby is whole, but of no use.
+fn is_reusable(error: &tokio_postgres::Error) -> bool {
+    error
+        .code()
+        .is_some_and(|state| *state != SqlState::READ_ONLY_SQL_TRANSACTION && !is_connection_lost(state))
+}
+
+/// Sets what the driver leaves open. Without it, a server that vanished from the
+/// network holds its callers for a quarter of an hour.
+pub fn with_timeouts(mut postgres: tokio_postgres::Config) -> tokio_postgres::Config {
+    postgres
+        .connect_timeout(CONNECT_TIMEOUT)
+        .keepalives_idle(Duration::from_secs(30))
+        .keepalives_interval(Duration::from_secs(10))
+        .keepalives_retries(3)
+        .tcp_user_timeout(Duration::from_secs(30));
+    if postgres.get_application_name().is_none() {
+        postgres.application_name("user-service");
+    }
+    postgres
+}
+
+/// Whether waiting may cure what went wrong at the start: the server is not there
+/// yet, is busy, or somebody holds a lock. Anything else that it says is final,
+/// such as a wrong password or a migration that fails.
+pub fn is_transient(error: &anyhow::Error) -> bool {
+    let states = error.chain().filter_map(|cause| cause.downcast_ref::<DbError>()).map(DbError::code);
+    states.into_iter().all(|state| {
+        is_connection_lost(state) || state.code().starts_with("53") || *state == SqlState::LOCK_NOT_AVAILABLE
+    })
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+mod embedded_migrations {
+    refinery::embed_migrations!("migrations");
+}
+
+/// Brings the schema up to date; replicas that start together take turns.
+///
+/// The turn is an advisory lock on a connection that is idle in between: a
+/// session that waits inside `pg_advisory_lock` holds a snapshot, which `create
+/// index concurrently` in another would wait for. A schema that is newer than
+/// this binary is left alone: that is a rolling upgrade.
+pub async fn migrate(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
+    let (lock, lock_connection) = postgres.connect(NoTls).await?;
+    let (mut client, connection) = postgres.connect(NoTls).await?;
+    let run = async {
+        while !lock.query_one("select pg_try_advisory_lock($1)", &[&MIGRATION_LOCK]).await?.try_get(0)? {
+            time::sleep(MIGRATION_POLL).await;
+        }
+        client.batch_execute(&format!("set lock_timeout = {MIGRATION_LOCK_TIMEOUT_MS}")).await?;
+        let report =
+            embedded_migrations::migrations::runner().set_abort_missing(false).run_async(&mut client).await?;
+        for migration in report.applied_migrations() {
+            tracing::info!(%migration, "migrated");
+        }
+        anyhow::Ok(())
+    };
+    // Both connections are driven here, and closed with this function.
+    tokio::select! {
+        result = run => result,
+        _ = future::join(lock_connection, connection) => anyhow::bail!("the connection to the database broke"),
+    }
+}

@@ -1,0 +1,483 @@
+//! Requests, parsed into types that cannot be wrong. Pure; every violation of a
+//! request is reported at once.
+
+use std::{
+    mem,
+    time::{Duration, SystemTime},
+};
+
+use prost::Message;
+use prost_types::{FieldMask, Timestamp};
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, Violation, reason},
+    names::{self, Email, KeyRange, Username},
+    page::{Key, Order, Page, Position, Selection},
+    pb,
+};
+
+/// A user to create.
+#[derive(Debug, Clone)]
+pub struct NewUser {
+    /// The caller's, or a new one.
+    pub id: Uuid,
+    /// Required.
+    pub username: Username,
+    /// Required.
+    pub email: Email,
+    /// May be empty.
+    pub display_name: String,
+}
+
+/// What makes a retry safe: the caller's id for the change, and a fingerprint of
+/// what the change is. Without an id, nothing is recorded.
+#[derive(Debug, Clone)]
+pub struct RequestId {
+    /// The caller's id.
+    pub id: Option<Uuid>,
+    /// SHA-256 of the rpc, the id and the rest of the request.
+    pub fingerprint: Vec<u8>,
+}
+
+/// [`pb::CreateUserRequest`].
+#[derive(Debug)]
+pub struct Create {
+    /// The user.
+    pub user: NewUser,
+    /// For retries.
+    pub request_id: RequestId,
+    /// Roll back.
+    pub validate_only: bool,
+}
+
+/// The key of a [`pb::GetUserRequest`].
+#[derive(Debug)]
+pub enum UserKey {
+    /// By id.
+    Id(Uuid),
+    /// By username.
+    Username(Username),
+}
+
+/// [`pb::UpdateUserRequest`]. What is `None` stays as it is.
+#[derive(Debug)]
+pub struct Update {
+    /// Whose.
+    pub id: Uuid,
+    /// 0 for any.
+    pub expected_revision: i64,
+    /// The new username.
+    pub username: Option<Username>,
+    /// The new e-mail address.
+    pub email: Option<Email>,
+    /// The new display name.
+    pub display_name: Option<String>,
+    /// With `allow_missing`: the user to create if there is none, or what is
+    /// wrong with it.
+    pub or_create: Option<Result<NewUser, Error>>,
+    /// For retries.
+    pub request_id: RequestId,
+    /// Roll back.
+    pub validate_only: bool,
+}
+
+/// [`pb::DeleteUserRequest`].
+#[derive(Debug)]
+pub struct Delete {
+    /// Whom.
+    pub id: Uuid,
+    /// 0 for any.
+    pub expected_revision: i64,
+    /// Succeed if there is nothing to delete.
+    pub allow_missing: bool,
+    /// Free the username.
+    pub release_username: bool,
+    /// For retries.
+    pub request_id: RequestId,
+    /// Roll back.
+    pub validate_only: bool,
+}
+
+/// [`pb::UndeleteUserRequest`].
+#[derive(Debug)]
+pub struct Undelete {
+    /// Whom.
+    pub id: Uuid,
+    /// The username to have, if not the old one.
+    pub username: Option<Username>,
+    /// For retries.
+    pub request_id: RequestId,
+}
+
+/// [`pb::ExpungeUserRequest`].
+#[derive(Debug)]
+pub struct Expunge {
+    /// Whom.
+    pub id: Uuid,
+    /// For retries.
+    pub request_id: RequestId,
+}
+
+impl Create {
+    /// Parses the request.
+    pub fn parse(mut request: pb::CreateUserRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let id = mem::take(&mut request.request_id);
+        let validate_only = mem::take(&mut request.validate_only);
+        let request_id = fields.request_id("CreateUser", &id, &request);
+        let user = fields.user(request.user).and_then(|user| fields.new_user(user));
+        let (request_id, user) = fields.finish(request_id.zip(user))?;
+        Ok(Self { user, request_id, validate_only })
+    }
+}
+
+impl UserKey {
+    /// Parses the key.
+    pub fn parse(key: Option<pb::get_user_request::Key>) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let key = match key {
+            Some(pb::get_user_request::Key::Id(id)) => fields.id("id", &id).map(Self::Id),
+            Some(pb::get_user_request::Key::Username(username)) => {
+                fields.username("username", &username).map(Self::Username)
+            }
+            None => fields.refuse("key", reason::FIELD_REQUIRED, "give an id or a username"),
+        };
+        fields.finish(key)
+    }
+}
+
+impl Update {
+    /// Parses the request. The values of fields outside the mask are not looked
+    /// at, and those that only a create needs matter only if it comes to that.
+    pub fn parse(mut request: pb::UpdateUserRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let id = mem::take(&mut request.request_id);
+        let validate_only = mem::take(&mut request.validate_only);
+        let request_id = fields.request_id("UpdateUser", &id, &request);
+        let mask = fields.update_mask(request.update_mask);
+        let user = fields.user(request.user).unwrap_or_default();
+        let expected_revision = fields.revision("user.revision", user.revision);
+        let mut update = Self {
+            id: fields.id("user.id", &user.id).unwrap_or_default(),
+            expected_revision: expected_revision.unwrap_or_default(),
+            username: None,
+            email: None,
+            display_name: None,
+            or_create: request.allow_missing.then(|| {
+                let mut fields = Fields::default();
+                let user = fields.new_user(user.clone());
+                fields.finish(user)
+            }),
+            request_id: RequestId { id: None, fingerprint: Vec::new() },
+            validate_only,
+        };
+        if mask.selects("username", &user.username) {
+            update.username = fields.username("user.username", &user.username);
+        }
+        if mask.selects("email", &user.email) {
+            update.email = fields.email("user.email", &user.email);
+        }
+        if mask.selects("display_name", &user.display_name) {
+            update.display_name = fields.display_name("user.display_name", user.display_name);
+        }
+        update.request_id = fields.finish(request_id)?;
+        Ok(update)
+    }
+}
+
+impl Delete {
+    /// Parses the request.
+    pub fn parse(mut request: pb::DeleteUserRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let id = mem::take(&mut request.request_id);
+        let validate_only = mem::take(&mut request.validate_only);
+        let request_id = fields.request_id("DeleteUser", &id, &request);
+        let id = fields.id("id", &request.id);
+        let revision = fields.revision("revision", request.revision);
+        let ((id, expected_revision), request_id) = fields.finish(id.zip(revision).zip(request_id))?;
+        Ok(Self {
+            id,
+            expected_revision,
+            allow_missing: request.allow_missing,
+            release_username: request.release_username,
+            request_id,
+            validate_only,
+        })
+    }
+}
+
+impl Undelete {
+    /// Parses the request.
+    pub fn parse(mut request: pb::UndeleteUserRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let id = mem::take(&mut request.request_id);
+        let request_id = fields.request_id("UndeleteUser", &id, &request);
+        let id = fields.id("id", &request.id);
+        let username = match request.username.as_str() {
+            "" => None,
+            username => fields.username("username", username),
+        };
+        let (id, request_id) = fields.finish(id.zip(request_id))?;
+        Ok(Self { id, username, request_id })
+    }
+}
+
+impl Expunge {
+    /// Parses the request.
+    pub fn parse(mut request: pb::ExpungeUserRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let id = mem::take(&mut request.request_id);
+        let request_id = fields.request_id("ExpungeUser", &id, &request);
+        let id = fields.id("id", &request.id);
+        let (id, request_id) = fields.finish(id.zip(request_id))?;
+        Ok(Self { id, request_id })
+    }
+}
+
+/// Users on a page unless the request says otherwise.
+pub const PAGE_SIZE_DEFAULT: usize = 50;
+/// Users on a page, at most.
+pub const PAGE_SIZE_MAX: usize = 1000;
+
+impl Page {
+    /// Parses a [`pb::ListUsersRequest`].
+    pub fn parse(request: &pb::ListUsersRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let size = match usize::try_from(request.page_size) {
+            Ok(0) => Some(PAGE_SIZE_DEFAULT),
+            Ok(size) => Some(size.min(PAGE_SIZE_MAX)),
+            Err(_) => fields.refuse("page_size", reason::FIELD_INVALID, "must not be negative"),
+        };
+        let order = fields.order_by(request);
+        let filter = request.filter.clone().unwrap_or_default();
+        let selection = order.and_then(|order| fields.selection(order, filter));
+        let (size, selection) = fields.finish(size.zip(selection))?;
+        if request.page_token.is_empty() {
+            return Ok(selection.first_page(size));
+        }
+        selection.page_after(&request.page_token, size).ok_or_else(|| {
+            Error::invalid(
+                "page_token",
+                reason::PAGE_TOKEN_INVALID,
+                "is not a token of a list with this order and filter",
+            )
+        })
+    }
+}
+
+/// The fields of an update that a mask selects.
+enum Mask {
+    /// Those that have a value.
+    Populated,
+    /// All.
+    All,
+    /// The named ones.
+    Paths(Vec<String>),
+}
+
+impl Mask {
+    fn selects(&self, path: &str, value: &str) -> bool {
+        match self {
+            Self::Populated => !value.is_empty(),
+            Self::All => true,
+            Self::Paths(paths) => paths.iter().any(|p| p == path),
+        }
+    }
+}
+
+/// Parses field by field and collects what is refused. Each function returns
+/// `None` when it has refused something.
+#[derive(Default)]
+struct Fields {
+    violations: Vec<Violation>,
+}
+
+impl Fields {
+    fn finish<T>(self, value: Option<T>) -> Result<T, Error> {
+        match value {
+            Some(value) if self.violations.is_empty() => Ok(value),
+            _ => Err(Error::Invalid(self.violations)),
+        }
+    }
+
+    fn refuse<T>(&mut self, field: &str, reason: &'static str, what: impl Into<String>) -> Option<T> {
+        let (field, description) = (field.to_owned(), what.into());
+        self.violations.push(Violation { field, reason, description });
+        None
+    }
+
+    fn required<'a>(&mut self, field: &str, text: &'a str) -> Option<&'a str> {
+        match text {
+            "" => self.refuse(field, reason::FIELD_REQUIRED, "is required"),
+            text => Some(text),
+        }
+    }
+
+    fn id(&mut self, field: &str, text: &str) -> Option<Uuid> {
+        let text = self.required(field, text)?;
+        match Uuid::try_parse(text) {
+            // The parser knows other forms too; the nil UUID is a variable that
+            // somebody forgot to set.
+            Ok(id) if text.len() == 36 && !id.is_nil() => Some(id),
+            _ => self.refuse(
+                field,
+                reason::FIELD_INVALID,
+                "must be a UUID, in its hyphenated form and not nil",
+            ),
+        }
+    }
+
+    fn request_id(&mut self, rpc: &str, text: &str, request: &impl Message) -> Option<RequestId> {
+        if text.is_empty() {
+            return Some(RequestId { id: None, fingerprint: Vec::new() });
+        }
+        let id = self.id("request_id", text)?;
+        let content = Sha256::new().chain_update(rpc).chain_update(id).chain_update(request.encode_to_vec());
+        Some(RequestId { id: Some(id), fingerprint: content.finalize().to_vec() })
+    }
+
+    fn user(&mut self, user: Option<pb::User>) -> Option<pb::User> {
+        user.or_else(|| self.refuse("user", reason::FIELD_REQUIRED, "is required"))
+    }
+
+    fn new_user(&mut self, user: pb::User) -> Option<NewUser> {
+        let id = match user.id.as_str() {
+            "" => Some(Uuid::now_v7()),
+            id => self.id("user.id", id),
+        };
+        let username = self.username("user.username", &user.username);
+        let email = self.email("user.email", &user.email);
+        let display_name = self.display_name("user.display_name", user.display_name);
+        Some(NewUser { id: id?, username: username?, email: email?, display_name: display_name? })
+    }
+
+    fn username(&mut self, field: &str, text: &str) -> Option<Username> {
+        Username::parse(self.required(field, text)?)
+            .map_or_else(|what| self.refuse(field, reason::USERNAME_INVALID, what), Some)
+    }
+
+    fn email(&mut self, field: &str, text: &str) -> Option<Email> {
+        Email::parse(self.required(field, text)?)
+            .map_or_else(|what| self.refuse(field, reason::EMAIL_INVALID, what), Some)
+    }
+
+    fn display_name(&mut self, field: &str, text: String) -> Option<String> {
+        match names::check_display_name(&text) {
+            Ok(()) => Some(text),
+            Err(what) => self.refuse(field, reason::FIELD_INVALID, what),
+        }
+    }
+
+    fn revision(&mut self, field: &str, revision: i64) -> Option<i64> {
+        if revision < 0 {
+            return self.refuse(field, reason::FIELD_INVALID, "must not be negative");
+        }
+        Some(revision)
+    }
+
+    fn update_mask(&mut self, mask: Option<FieldMask>) -> Mask {
+        let paths = mask.unwrap_or_default().paths;
+        match paths.as_slice() {
+            [] => return Mask::Populated,
+            [star] if star == "*" => return Mask::All,
+            _ => {}
+        }
+        let is_known = |path: &str| {
+            matches!(
+                path,
+                "id" | "username"
+                    | "email"
+                    | "display_name"
+                    | "create_time"
+                    | "update_time"
+                    | "delete_time"
+                    | "purge_time"
+                    | "revision"
+            )
+        };
+        if !paths.iter().all(|path| is_known(path)) {
+            self.refuse::<()>(
+                "update_mask",
+                reason::UPDATE_MASK_INVALID,
+                "may have fields of User, or `*` alone",
+            );
+        }
+        Mask::Paths(paths)
+    }
+
+    fn order_by(&mut self, request: &pb::ListUsersRequest) -> Option<Order> {
+        match pb::OrderBy::try_from(request.order_by) {
+            Ok(pb::OrderBy::Unspecified | pb::OrderBy::CreateTimeDesc) => Some(Order::CreateTimeDesc),
+            Ok(pb::OrderBy::CreateTimeAsc) => Some(Order::CreateTimeAsc),
+            Ok(pb::OrderBy::UsernameAsc) => Some(Order::UsernameAsc),
+            Err(_) => self.refuse("order_by", reason::FIELD_INVALID, "is not an order"),
+        }
+    }
+
+    fn selection(&mut self, order: Order, filter: pb::ListUsersFilter) -> Option<Selection> {
+        let after = filter.create_time_after.map(|t| self.time("filter.create_time_after", t));
+        let before = filter.create_time_before.map(|t| self.time("filter.create_time_before", t));
+        let email = match filter.email.as_str() {
+            "" => None,
+            email => Some(self.email("filter.email", email)?.key().to_owned()),
+        };
+        let prefix = match filter.username_prefix.as_str() {
+            "" => None,
+            prefix => match KeyRange::of_prefix(prefix) {
+                Ok(range) => Some(range),
+                Err(what) => return self.refuse("filter.username_prefix", reason::FIELD_INVALID, what),
+            },
+        };
+        let by_username = order == Order::UsernameAsc;
+        if by_username && (email.is_some() || after.is_some() || before.is_some()) {
+            let what = "the order by username goes with username_prefix and include_deleted only";
+            return self.refuse("filter", reason::FILTER_UNSUPPORTED, what);
+        }
+        if !by_username && prefix.is_some() {
+            let what = "goes with the order by username only";
+            return self.refuse("filter.username_prefix", reason::FILTER_UNSUPPORTED, what);
+        }
+        let (from, to) = if by_username {
+            let range = prefix.unwrap_or_else(KeyRange::all);
+            (Key::Username(range.from), Key::Username(range.to))
+        } else {
+            // Columns have microseconds. Later than 1.5 µs is later than 1 µs,
+            // earlier than 1.5 µs is earlier than 2 µs.
+            let after = after.unwrap_or(Some(MIN_TIME)).map(|t| to_system_time(t.seconds, t.nanos / 1000));
+            let before =
+                before.unwrap_or(Some(MAX_TIME)).map(|t| to_system_time(t.seconds, (t.nanos + 999) / 1000));
+            (Key::Time(after?), Key::Time(before?))
+        };
+        // Positions are exclusive: behind every user with the time `from`, but in
+        // front of the first one with the username `from`.
+        let first_id = if by_username { Uuid::nil() } else { Uuid::max() };
+        Some(Selection {
+            order,
+            email_key: email,
+            include_deleted: filter.include_deleted,
+            from: Position { key: from, id: first_id },
+            to: Position { key: to, id: Uuid::nil() },
+        })
+    }
+
+    fn time(&mut self, field: &str, time: Timestamp) -> Option<Timestamp> {
+        let in_range = (MIN_TIME.seconds..=MAX_TIME.seconds).contains(&time.seconds);
+        if !in_range || !(0..1_000_000_000).contains(&time.nanos) {
+            return self.refuse(field, reason::FIELD_INVALID, "must be a time in the years 1 to 9999");
+        }
+        Some(time)
+    }
+}
+
+/// 0001-01-01T00:00:00Z, the first that a protobuf timestamp may be.
+const MIN_TIME: Timestamp = Timestamp { seconds: -62_135_596_800, nanos: 0 };
+/// 9999-12-31T23:59:59Z, in the last second that it may be.
+const MAX_TIME: Timestamp = Timestamp { seconds: 253_402_300_799, nanos: 0 };
+
+fn to_system_time(seconds: i64, micros: i32) -> SystemTime {
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let whole = if seconds < 0 { SystemTime::UNIX_EPOCH - whole } else { SystemTime::UNIX_EPOCH + whole };
+    whole + Duration::from_micros(micros.unsigned_abs().into())
+}

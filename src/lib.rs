@@ -1,0 +1,70 @@
+//! user-service: the system of record for users, over gRPC, on PostgreSQL.
+//!
+//! # The line a call takes
+//!
+//! ```text
+//! server.rs    call            connection, deadline, panic: the same for every rpc
+//!   service.rs   create_user   one function an rpc: parse, call, answer
+//!     input.rs     Create::parse  pure; all violations at once; types that cannot be wrong
+//!     users.rs     create         the statement stands above the function that runs it
+//!       db.rs        Db::run        a connection on loan, prepared, timed, given back or discarded
+//!     users.rs     user_from_row  the one way from a row to a pb::User
+//! ```
+//!
+//! # The files
+//!
+//! | file | what lives there |
+//! |--|--|
+//! | `main.rs` | the command line: `serve`, `migrate`, `check` |
+//! | [`config`] | every setting; the only one that reads the environment |
+//! | [`app`] | wires, starts and stops; the only one that spawns, but for the connections of [`server`] |
+//! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
+//! | [`service`] | the rpcs, a few lines each |
+//! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
+//! | [`users`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
+//! | [`db`] | the pool, what every statement goes through, the migrations |
+//! | [`embedded`] | the private PostgreSQL, when `DATABASE_URL` is unset |
+//! | [`error`] | what can go wrong, and the only place that picks a code for it |
+//! | [`health`], [`telemetry`] | readiness and life; the log |
+//!
+//! # What always holds
+//!
+//! - A change is one statement: request id, user row and change log are written
+//!   together or not at all. Nothing is read first and written later.
+//! - What was acknowledged is committed. A call whose outcome is not known says so.
+//! - A statement whose caller has gone is cancelled, and its connection discarded.
+//! - Input is refused, never repaired; no refusal repeats a value.
+//! - Personal data is in the table `users` and nowhere else: not in the change
+//!   log, not with request ids, not in any log line.
+//! - `pb::User` is the user. There is no other.
+//!
+//! # What is absent on purpose
+//!
+//! A repository layer, traits with one implementation, mocks, DTOs, `utils`,
+//! `OFFSET`, `COUNT(*)`, `LISTEN`/`NOTIFY` on the way of a write, timers on the way
+//! of a call.
+
+pub mod app;
+pub mod config;
+pub mod db;
+pub mod embedded;
+pub mod error;
+pub mod health;
+pub mod input;
+pub mod list;
+pub mod names;
+pub mod page;
+pub mod purge;
+pub mod server;
+pub mod service;
+pub mod telemetry;
+pub mod users;
+
+/// The contract, generated from `proto/`.
+pub mod pb {
+    #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
+    tonic::include_proto!("users.v1");
+
+    /// The protos with their comments, for reflection.
+    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}

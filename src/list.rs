@@ -1,0 +1,140 @@
+//! The statements of lists. Each is a walk along an index between two positions.
+
+use tokio_postgres::Row;
+
+use crate::{
+    db::Db,
+    error::{Access, Error},
+    page::{Key, Order, Page, Position, watch_token},
+    pb,
+    users::{column, user_columns, user_from_row},
+};
+
+/// Every statement of this file, for preparation.
+pub const STATEMENTS: &[&str] = &[
+    BEGINNING,
+    CREATE_TIME_DESC.live,
+    CREATE_TIME_DESC.all,
+    CREATE_TIME_ASC.live,
+    CREATE_TIME_ASC.all,
+    EMAIL_DESC.live,
+    EMAIL_DESC.all,
+    EMAIL_ASC.live,
+    EMAIL_ASC.all,
+    USERNAME_ASC.live,
+    USERNAME_ASC.all,
+];
+
+/// One list, without and with soft-deleted users.
+struct Statements {
+    live: &'static str,
+    all: &'static str,
+}
+
+/// Users between two positions, exclusive. Live and deleted users have indexes of
+/// their own, so a list of both merges two walks.
+macro_rules! statements {
+    ($positions:literal, $order:literal) => {
+        Statements {
+            live: statements!(walk "delete_time is null and username_held", $positions, $order),
+            all: concat!(
+                "select * from (",
+                statements!(walk "delete_time is null and username_held", $positions, $order),
+                " union all ",
+                statements!(walk "delete_time is not null", $positions, $order),
+                ") as both_walks order by ", $order, " limit $5"
+            ),
+        }
+    };
+    (walk $which:literal, $positions:literal, $order:literal) => {
+        concat!(
+            "(select ", user_columns!(), ", username_key from users where ", $which, " and ", $positions,
+            " order by ", $order, " limit $5)"
+        )
+    };
+}
+
+const CREATE_TIME_DESC: Statements =
+    statements!("(create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)", "create_time desc, id desc");
+
+const CREATE_TIME_ASC: Statements =
+    statements!("(create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)", "create_time, id");
+
+const EMAIL_DESC: Statements = statements!(
+    "email_key = $6 and (create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)",
+    "create_time desc, id desc"
+);
+
+const EMAIL_ASC: Statements = statements!(
+    "email_key = $6 and (create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)",
+    "create_time, id"
+);
+
+const USERNAME_ASC: Statements =
+    statements!("(username_key, id) > ($1, $2) and (username_key, id) < ($3, $4)", "username_key, id");
+
+/// Statistics, and the point in history that a watch goes on from. A standby
+/// cannot name one: its snapshots do not know of all running transactions.
+const BEGINNING: &str = "select greatest(reltuples, 0)::bigint, system_identifier,
+    case when not pg_is_in_recovery() then pg_current_snapshot()::text end
+from pg_class, pg_control_system() where oid = 'users'::regclass";
+
+/// Returns a page.
+pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> {
+    let mut response = pb::ListUsersResponse::default();
+    // Asked before the users are: a watch may show a change again, but must not
+    // miss one.
+    if page.is_first
+        && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
+    {
+        response.total_size_estimate = column(row, 0)?;
+        let snapshot: Option<&str> = column(row, 2)?;
+        response.watch_token = match snapshot {
+            Some(snapshot) => watch_token(column(row, 1)?, snapshot),
+            None => String::new(),
+        };
+    }
+    let mut rows = walk(db, page).await?;
+    if rows.len() > page.size {
+        rows.truncate(page.size);
+        if let Some(last) = rows.last() {
+            response.next_page_token = page.token_after(&position(last, page.rest.order)?);
+        }
+    }
+    response.users = rows.iter().map(user_from_row).collect::<Result<_, _>>()?;
+    Ok(response)
+}
+
+/// The users of the page, and one more if there is one.
+async fn walk(db: &Db, page: &Page) -> Result<Vec<Row>, Error> {
+    let list = &page.rest;
+    let statements = match (list.order, &list.email_key) {
+        (Order::CreateTimeDesc, None) => CREATE_TIME_DESC,
+        (Order::CreateTimeAsc, None) => CREATE_TIME_ASC,
+        (Order::CreateTimeDesc, Some(_)) => EMAIL_DESC,
+        (Order::CreateTimeAsc, Some(_)) => EMAIL_ASC,
+        (Order::UsernameAsc, _) => USERNAME_ASC,
+    };
+    let sql = if list.include_deleted { statements.all } else { statements.live };
+    let limit = i64::try_from(page.size + 1).unwrap_or(i64::MAX);
+    let (from, to) = (&list.from, &list.to);
+    let positions: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+        [from.key.as_param(), &from.id, to.key.as_param(), &to.id, &limit];
+    match &list.email_key {
+        None => db.run(Access::Read, sql, &positions).await,
+        Some(email_key) => {
+            let mut params = positions.to_vec();
+            params.push(email_key);
+            db.run(Access::Read, sql, &params).await
+        }
+    }
+}
+
+/// Where a user stands in the order.
+fn position(row: &Row, order: Order) -> Result<Position, Error> {
+    let key = match order {
+        Order::CreateTimeDesc | Order::CreateTimeAsc => Key::Time(column(row, 4)?),
+        Order::UsernameAsc => Key::Username(column(row, 9)?),
+    };
+    Ok(Position { key, id: column(row, 0)? })
+}

@@ -1,0 +1,194 @@
+//! Where a page of a list begins and ends, and the tokens that carry it.
+//!
+//! A list is the users between two positions of an index. A page token is the
+//! position of the last user that was seen, sealed with the list that it belongs
+//! to: nothing is kept on the server, and any replica can go on.
+
+use std::time::{Duration, SystemTime};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use sha2::{Digest, Sha256};
+use tokio_postgres::types::ToSql;
+use uuid::Uuid;
+
+/// The order of a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// The newest first.
+    CreateTimeDesc,
+    /// The oldest first.
+    CreateTimeAsc,
+    /// By username key.
+    UsernameAsc,
+}
+
+/// A value of the column that a list is ordered by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Key {
+    /// Of `create_time`.
+    Time(SystemTime),
+    /// Of `username_key`.
+    Username(String),
+}
+
+/// A place between two users of an index: key, then id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Position {
+    /// The first column.
+    pub key: Key,
+    /// The second, which tells users with the same key apart.
+    pub id: Uuid,
+}
+
+/// All users that a list contains.
+#[derive(Debug, Clone)]
+pub struct Selection {
+    /// In which order.
+    pub order: Order,
+    /// Only those with this e-mail key.
+    pub email_key: Option<String>,
+    /// Soft-deleted ones too.
+    pub include_deleted: bool,
+    /// Only those behind this position, in ascending order.
+    pub from: Position,
+    /// Only those in front of this position, in ascending order.
+    pub to: Position,
+}
+
+/// The users of a list from one position on.
+#[derive(Debug, Clone)]
+pub struct Page {
+    /// What is left of the list.
+    pub rest: Selection,
+    /// How many users at most.
+    pub size: usize,
+    /// Whether this is the list's beginning.
+    pub is_first: bool,
+    /// What [`Page::token_after`] seals tokens with.
+    seal: Vec<u8>,
+}
+
+impl Selection {
+    /// The first page.
+    pub fn first_page(self, size: usize) -> Page {
+        Page { seal: self.to_bytes(), rest: self, size, is_first: true }
+    }
+
+    /// The page behind the one that `token` came with; `None` if the token was
+    /// not made for this selection.
+    pub fn page_after(mut self, token: &str, size: usize) -> Option<Page> {
+        let seal = self.to_bytes();
+        let position = self.order.position_from_bytes(&open(&seal, token)?)?;
+        match self.order {
+            Order::CreateTimeDesc => self.to = position,
+            Order::CreateTimeAsc | Order::UsernameAsc => self.from = position,
+        }
+        Some(Page { seal, rest: self, size, is_first: false })
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![self.order as u8, u8::from(self.include_deleted)];
+        // Length first, so that no two selections have the same bytes.
+        for part in [
+            self.email_key.clone().unwrap_or_default().into_bytes(),
+            self.from.to_bytes(),
+            self.to.to_bytes(),
+        ] {
+            bytes.extend(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
+            bytes.extend(part);
+        }
+        bytes
+    }
+}
+
+impl Page {
+    /// The token of the next page, when this one ends with the user at `last`.
+    pub fn token_after(&self, last: &Position) -> String {
+        seal(&self.seal, &last.to_bytes())
+    }
+}
+
+impl Key {
+    /// The key as a parameter of a statement.
+    pub fn as_param(&self) -> &(dyn ToSql + Sync) {
+        match self {
+            Self::Time(time) => time,
+            Self::Username(key) => key,
+        }
+    }
+}
+
+impl Position {
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = self.id.into_bytes().to_vec();
+        match &self.key {
+            Key::Time(time) => bytes.extend(to_micros(*time).to_be_bytes()),
+            Key::Username(key) => bytes.extend(key.as_bytes()),
+        }
+        bytes
+    }
+}
+
+impl Order {
+    fn position_from_bytes(self, bytes: &[u8]) -> Option<Position> {
+        let (id, key) = bytes.split_first_chunk::<16>()?;
+        let key = match self {
+            Self::UsernameAsc => {
+                Key::Username(String::from_utf8(key.to_vec()).ok().filter(|key| !key.contains('\0'))?)
+            }
+            Self::CreateTimeAsc | Self::CreateTimeDesc => {
+                Key::Time(from_micros(i64::from_be_bytes(key.try_into().ok()?))?)
+            }
+        };
+        Some(Position { key, id: Uuid::from_bytes(*id) })
+    }
+}
+
+fn to_micros(time: SystemTime) -> i64 {
+    let micros = |d: Duration| i64::try_from(d.as_micros()).unwrap_or(i64::MAX);
+    match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(since) => micros(since),
+        Err(before) => -micros(before.duration()),
+    }
+}
+
+/// The time, unless it is out of PostgreSQL's range, some 290,000 years.
+fn from_micros(micros: i64) -> Option<SystemTime> {
+    if micros.unsigned_abs() > u64::MAX / 4 {
+        return None;
+    }
+    let distance = Duration::from_micros(micros.unsigned_abs());
+    if micros < 0 {
+        SystemTime::UNIX_EPOCH.checked_sub(distance)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_add(distance)
+    }
+}
+
+/// The token from which a watch goes on after a list: the point in the history
+/// of all users that is `snapshot`, in the cluster with this identifier.
+pub fn watch_token(system_identifier: i64, snapshot: &str) -> String {
+    seal(b"watch", format!("{system_identifier} {snapshot}").as_bytes())
+}
+
+/// Octets of a seal. It guards against accidents, such as a token cut short or
+/// used with another list. A forged one gives away nothing: it can only point
+/// at another place in a list that its owner may read anyway.
+const SEAL_OCTETS: usize = 8;
+
+fn checksum(context: &[u8], payload: &[u8]) -> [u8; SEAL_OCTETS] {
+    let hash = Sha256::new().chain_update(context).chain_update([0]).chain_update(payload).finalize();
+    let mut seal = [0; SEAL_OCTETS];
+    seal.copy_from_slice(hash.split_at(SEAL_OCTETS).0);
+    seal
+}
+
+fn seal(context: &[u8], payload: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode([&checksum(context, payload), payload].concat())
+}
+
+fn open(context: &[u8], token: &str) -> Option<Vec<u8>> {
+    let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
+    let (seal, payload) = bytes.split_first_chunk()?;
+    (*seal == checksum(context, payload)).then(|| payload.to_vec())
+}

@@ -1,0 +1,89 @@
+//! Erases what has served its time: soft-deleted users, request ids, old changes.
+//! Small batches, each a statement of its own, so that nothing waits for long;
+//! an advisory lock that lasts as long as the statement lets one replica at a
+//! time do it.
+
+use std::time::Duration;
+
+use tokio::time;
+
+use crate::{
+    db::Db,
+    error::{Access, Error},
+    users::column,
+};
+
+/// Every statement of this file, for preparation.
+pub const STATEMENTS: &[&str] = &[PURGE_USERS, PURGE_REQUESTS, PURGE_CHANGES];
+
+/// Rows that one statement erases, at most.
+const BATCH: i64 = 500;
+
+/// Soft-deleted users whose time has come; the change log has each.
+const PURGE_USERS: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), due as (
+    select id from users, turn where is_ours and purge_time <= now()
+    order by purge_time limit $1 for update of users skip locked
+), gone as (
+    delete from users using due where users.id = due.id returning users.id, users.revision
+), change as (
+    insert into user_changes (user_id, revision, kind) select id, revision + 1, 6 from gone
+)
+select count(*) from gone";
+
+/// Request ids that are older than a retry can be.
+const PURGE_REQUESTS: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), due as (
+    select request_id from requests, turn where is_ours and expire_time <= now()
+    order by expire_time limit $1 for update of requests skip locked
+), gone as (
+    delete from requests using due where requests.request_id = due.request_id returning 1
+)
+select count(*) from gone";
+
+/// The oldest changes, as far as they are older than the retention of 7 days.
+const PURGE_CHANGES: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), oldest as (
+    select xid, seq, time from user_changes order by xid, seq limit $1
+), gone as (
+    delete from user_changes using oldest, turn
+    where is_ours and user_changes.xid = oldest.xid and user_changes.seq = oldest.seq
+        and oldest.time < now() - interval '7 days'
+    returning 1
+)
+select count(*) from gone";
+
+/// Purges once every `interval`, for ever.
+pub async fn run(db: &Db, interval: Duration) {
+    loop {
+        time::sleep(interval).await;
+        for (what, sql) in [("users", PURGE_USERS), ("requests", PURGE_REQUESTS), ("changes", PURGE_CHANGES)]
+        {
+            match purge(db, sql).await {
+                Ok(0) => {}
+                Ok(count) => tracing::info!(what, count, "purged"),
+                // Nothing is lost by trying again at the next turn.
+                Err(error) => tracing::debug!(what, ?error, "not purged"),
+            }
+        }
+        db.retire_connections();
+    }
+}
+
+async fn purge(db: &Db, sql: &'static str) -> Result<i64, Error> {
+    let mut total = 0;
+    loop {
+        let rows = db.run(Access::Write, sql, &[&BATCH]).await?;
+        let count: i64 = rows.first().map_or(Ok(0), |row| column(row, 0))?;
+        total += count;
+        if count < BATCH {
+            return Ok(total);
+        }
+    }
+}

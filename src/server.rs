@@ -1,0 +1,267 @@
+//! From a TCP connection to the call of an rpc: what every connection and every
+//! call goes through, whichever service it is for.
+
+use std::{
+    any::Any,
+    convert::Infallible,
+    hash::{BuildHasher, RandomState},
+    panic::AssertUnwindSafe,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt;
+use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    task::JoinSet,
+    time,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, body::Body};
+use tower::{ServiceExt, util::BoxCloneSyncService};
+
+use crate::{
+    config::Config,
+    error::{Error, reason},
+};
+
+/// A new connection has to say something within this time.
+const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A silent connection is asked whether it is still there.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
+/// And closed if it does not say so.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// After a failed accept, most likely for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Streams that a client opened and reset, or that broke the protocol, before its
+/// connection is closed. Hyper has such limits, but tonic's server turns the
+/// second one off (RUSTSEC-2024-0003).
+const MAX_PENDING_RESETS: usize = 20;
+const MAX_ERROR_RESETS: usize = 1024;
+const MAX_HEADER_OCTETS: u32 = 16 * 1024;
+
+/// A gRPC service, as tonic generates it.
+pub type Service = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
+
+/// The services by name. The first one also answers what no service has.
+#[derive(Clone)]
+pub struct Services(pub Arc<[(&'static str, Service)]>);
+
+/// Accepts connections until `stop`. Then running calls may finish, for as long as
+/// the grace lasts; what still runs then is dropped.
+pub async fn serve(listener: TcpListener, services: Services, config: &Config, stop: CancellationToken) {
+    let places = Arc::new(Semaphore::new(config.max_connections));
+    let max_age = Duration::from_millis(config.max_connection_age_ms);
+    let call_timeout = Duration::from_millis(config.call_timeout_ms);
+    let mut http = http2::Builder::new(TokioExecutor::new());
+    http.timer(TokioTimer::new())
+        .max_concurrent_streams(u32::try_from(config.max_streams_per_connection).ok())
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_local_error_reset_streams(MAX_ERROR_RESETS)
+        .max_header_list_size(MAX_HEADER_OCTETS)
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+            () = stop.cancelled() => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Better closed than left waiting: the client can go to another replica.
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            tracing::warn!(max_connections = config.max_connections, "connection refused: too many");
+            continue;
+        };
+        let (http, services, stop) = (http.clone(), services.clone(), stop.clone());
+        connections.spawn(async move {
+            serve_connection(stream, http, services, call_timeout, jittered(max_age), stop).await;
+            drop(place);
+        });
+    }
+    // From here on nobody can connect any more.
+    drop(listener);
+    let grace = Duration::from_millis(config.shutdown_grace_ms);
+    if time::timeout(grace, async { while connections.join_next().await.is_some() {} }).await.is_err() {
+        tracing::warn!(connections = connections.len(), "dropped what did not finish in time");
+    }
+    connections.shutdown().await;
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    http: http2::Builder<TokioExecutor>,
+    services: Services,
+    call_timeout: Duration,
+    max_age: Duration,
+    stop: CancellationToken,
+) {
+    tokio::select! {
+        readable = time::timeout(FIRST_BYTE_TIMEOUT, stream.readable()) => {
+            if !matches!(readable, Ok(Ok(()))) {
+                return;
+            }
+        }
+        () = stop.cancelled() => return,
+    }
+    // Small answers must not wait for the one before to be acknowledged.
+    let _ = stream.set_nodelay(true);
+    let service = service_fn(move |request| {
+        let services = services.clone();
+        async move { Ok::<_, Infallible>(call(services, request, call_timeout).await) }
+    });
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = async { tokio::select! { () = time::sleep(max_age) => {} () = stop.cancelled() => {} } } => {
+            // GOAWAY: what runs goes on, what is new goes elsewhere.
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended");
+    }
+}
+
+/// 90 to 110 % of it, so that the clients of a replica that started under load do
+/// not all come back at once.
+fn jittered(duration: Duration) -> Duration {
+    let percent = 90 + RandomState::new().hash_one(()) % 21;
+    duration.mul_f64(percent as f64 / 100.0)
+}
+
+/// One call, with everything that can befall it turned into an answer.
+async fn call(services: Services, request: Request<Incoming>, max_timeout: Duration) -> Response<Body> {
+    let mut record = CallRecord::new(request.uri().path());
+    let response = match timeout_of(request.headers()) {
+        _ if !is_grpc(request.headers()) => unsupported_media_type(),
+        Ok(timeout) => {
+            answer(services, request.map(Body::new), timeout.map_or(max_timeout, |t| t.min(max_timeout)))
+                .await
+        }
+        Err(error) => Status::from(error).into_http(),
+    };
+    record.status = Some(status_of(&response));
+    response
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+fn unsupported_media_type() -> Response<Body> {
+    let mut response = Response::new(Body::default());
+    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response
+}
+
+/// How long the caller is willing to wait.
+fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    match value.to_str().ok().and_then(parse_timeout) {
+        Some(timeout) => Ok(Some(timeout)),
+        None => {
+            let what = "must be up to 8 digits and one of H, M, S, m, u, n";
+            Err(Error::invalid("grpc-timeout", reason::FIELD_INVALID, what))
+        }
+    }
+}
+
+/// The header `grpc-timeout`: at most 8 digits and a unit.
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let amount: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(amount * 3600),
+        "M" => Duration::from_secs(amount * 60),
+        "S" => Duration::from_secs(amount),
+        "m" => Duration::from_millis(amount),
+        "u" => Duration::from_micros(amount),
+        "n" => Duration::from_nanos(amount),
+        _ => return None,
+    })
+}
+
+/// Hands the call to its service. Whatever the service does not do itself happens
+/// here: the deadline, under which the service's future is dropped and cleans up
+/// after itself, and a panic, which costs this call and no other.
+async fn answer(services: Services, request: Request<Body>, timeout: Duration) -> Response<Body> {
+    let name = request.uri().path().split('/').nth(1).unwrap_or_default();
+    let mut services_by_name = services.0.iter();
+    let found = services_by_name.find(|(n, _)| *n == name).or_else(|| services.0.first());
+    let Some((_, service)) = found else { return Status::from(Error::Internal).into_http() };
+    let work = AssertUnwindSafe(service.clone().oneshot(request)).catch_unwind();
+    match time::timeout(timeout, work).await {
+        Ok(Ok(Ok(response))) => explained(response),
+        Ok(Err(panic)) => {
+            tracing::error!(panic = panic_message(panic.as_ref()), "a call panicked");
+            Status::from(Error::Internal).into_http()
+        }
+        Err(_) => Status::from(Error::DeadlineExceeded).into_http(),
+    }
+}
+
+/// tonic's own answers to messages that it cannot read lack what our contract
+/// promises: a code that says whose fault it is, and details.
+fn explained(response: Response<Body>) -> Response<Body> {
+    if response.headers().contains_key("grpc-status-details-bin") {
+        return response;
+    }
+    let what = match status_of(&response) {
+        Code::OutOfRange => "is too large: at most 4 MiB",
+        Code::Internal => "is not a message of this rpc",
+        _ => return response,
+    };
+    Status::from(Error::invalid("request", reason::FIELD_INVALID, what)).into_http()
+}
+
+/// The status of an answer that is no more than its headers; others begin well,
+/// and have theirs in the trailers.
+fn status_of(response: &Response<Body>) -> Code {
+    response.headers().get("grpc-status").map_or(Code::Ok, |value| Code::from_bytes(value.as_bytes()))
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("not a text")
+}
+
+/// Logs a call when it ends, also one whose caller has gone.
+struct CallRecord {
+    path: String,
+    started: Instant,
+    status: Option<Code>,
+}
+
+impl CallRecord {
+    fn new(path: &str) -> Self {
+        Self { path: path.to_owned(), started: Instant::now(), status: None }
+    }
+}
+
+impl Drop for CallRecord {
+    fn drop(&mut self) {
+        let elapsed_us = self.started.elapsed().as_micros();
+        match self.status {
+            Some(status) => tracing::debug!(path = self.path, ?status, elapsed_us, "call"),
+            None => tracing::debug!(path = self.path, elapsed_us, "call abandoned"),
+        }
+    }
+}

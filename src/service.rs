@@ -1,0 +1,134 @@
+//! One function an rpc: parse, call, answer.
+
+use std::{future::Future, sync::Arc};
+
+use tonic::{Request, Response, Status};
+
+use crate::{
+    db::Db,
+    error::{Error, reason},
+    input::{Create, Delete, Expunge, Undelete, Update, UserKey},
+    list,
+    names::Username,
+    page::Page,
+    pb, users,
+};
+
+/// The service `users.v1.UserService`.
+#[derive(Debug, Clone)]
+pub struct Users {
+    db: Arc<Db>,
+}
+
+impl Users {
+    /// The service on this database.
+    pub fn new(db: Arc<Db>) -> Self {
+        Self { db }
+    }
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// Runs what an rpc does, in which every failure is an [`Error`].
+async fn answer<T>(work: impl Future<Output = Result<T, Error>>) -> Answer<T> {
+    Ok(Response::new(work.await?))
+}
+
+#[tonic::async_trait]
+impl pb::user_service_server::UserService for Users {
+    async fn create_user(&self, request: Request<pb::CreateUserRequest>) -> Answer<pb::CreateUserResponse> {
+        answer(async {
+            let create = Create::parse(request.into_inner())?;
+            let user = users::create(&self.db, &create).await?;
+            Ok(pb::CreateUserResponse { user: Some(user) })
+        })
+        .await
+    }
+
+    async fn get_user(&self, request: Request<pb::GetUserRequest>) -> Answer<pb::GetUserResponse> {
+        answer(async {
+            let request = request.into_inner();
+            let user = users::get(&self.db, &UserKey::parse(request.key)?).await?;
+            let not_modified = user.revision == request.if_revision_not;
+            Ok(pb::GetUserResponse { user: (!not_modified).then_some(user), not_modified })
+        })
+        .await
+    }
+
+    async fn update_user(&self, request: Request<pb::UpdateUserRequest>) -> Answer<pb::UpdateUserResponse> {
+        answer(async {
+            let update = Update::parse(request.into_inner())?;
+            let user = users::update(&self.db, &update).await?;
+            Ok(pb::UpdateUserResponse { user: Some(user) })
+        })
+        .await
+    }
+
+    async fn delete_user(&self, request: Request<pb::DeleteUserRequest>) -> Answer<pb::DeleteUserResponse> {
+        answer(async {
+            let delete = Delete::parse(request.into_inner())?;
+            let user = users::delete(&self.db, &delete).await?;
+            Ok(pb::DeleteUserResponse { user })
+        })
+        .await
+    }
+
+    async fn undelete_user(
+        &self,
+        request: Request<pb::UndeleteUserRequest>,
+    ) -> Answer<pb::UndeleteUserResponse> {
+        answer(async {
+            let undelete = Undelete::parse(request.into_inner())?;
+            let user = users::undelete(&self.db, &undelete).await?;
+            Ok(pb::UndeleteUserResponse { user: Some(user) })
+        })
+        .await
+    }
+
+    async fn expunge_user(
+        &self,
+        request: Request<pb::ExpungeUserRequest>,
+    ) -> Answer<pb::ExpungeUserResponse> {
+        answer(async {
+            let expunge = Expunge::parse(request.into_inner())?;
+            let expunge_time = users::expunge(&self.db, &expunge).await?;
+            Ok(pb::ExpungeUserResponse {
+                user_id: expunge.id.to_string(),
+                expunge_time: Some(expunge_time.into()),
+            })
+        })
+        .await
+    }
+
+    async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> Answer<pb::ListUsersResponse> {
+        answer(async {
+            let page = Page::parse(request.get_ref())?;
+            list::list(&self.db, &page).await
+        })
+        .await
+    }
+
+    async fn check_username(
+        &self,
+        request: Request<pb::CheckUsernameRequest>,
+    ) -> Answer<pb::CheckUsernameResponse> {
+        answer(async {
+            let username = request.into_inner().username;
+            if username.is_empty() {
+                return Err(Error::invalid("username", reason::FIELD_REQUIRED, "is required"));
+            }
+            let Ok(username) = Username::parse(&username) else {
+                let reason = reason::USERNAME_INVALID.to_owned();
+                return Ok(pb::CheckUsernameResponse { reason, ..Default::default() });
+            };
+            let holder = users::username_holder(&self.db, &username).await?;
+            Ok(pb::CheckUsernameResponse {
+                available: holder.is_none(),
+                canonical: username.key().to_owned(),
+                reason: holder.map_or("", |_| reason::USERNAME_TAKEN).to_owned(),
+                available_time: holder.flatten().map(Into::into),
+            })
+        })
+        .await
+    }
+}

@@ -1,0 +1,35 @@
+//! The log.
+
+use std::error::Error;
+
+use anyhow::{Chain, Context};
+use tokio_postgres::error::DbError;
+use tracing_subscriber::{EnvFilter, fmt};
+
+use crate::config::{Config, LogFormat};
+
+/// Starts logging to standard error.
+pub fn init(config: &Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.rust_log).context("RUST_LOG is not valid")?;
+    let log = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log_format() {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+/// An error and its causes. Of what PostgreSQL says, the state, the message and
+/// the constraint, never the detail, which repeats values.
+pub fn describe(error: &(dyn Error + 'static)) -> String {
+    let texts: Vec<String> = Chain::new(error)
+        .map(|error| match error.downcast_ref::<DbError>() {
+            Some(db) => match db.constraint() {
+                Some(constraint) => format!("{} {} ({constraint})", db.code().code(), db.message()),
+                None => format!("{} {}", db.code().code(), db.message()),
+            },
+            None => error.to_string(),
+        })
+        .collect();
+    texts.join(": ")
+}

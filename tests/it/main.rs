@@ -1,0 +1,1 @@
+//! The service, proved through gRPC on a real PostgreSQL.
