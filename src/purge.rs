@@ -16,16 +16,13 @@ use crate::{
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[PURGE_USERS, PURGE_REQUESTS, PURGE_CHANGES];
 
-/// Rows that one statement erases, at most.
-const BATCH: i64 = 500;
-
 /// Soft-deleted users whose time has come; the change log has each.
 const PURGE_USERS: &str = "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
 ), due as (
     select id from users, turn where is_ours and purge_time <= now()
-    order by purge_time limit $1 for update of users skip locked
+    order by purge_time limit 500 for update of users skip locked
 ), gone as (
     delete from users using due where users.id = due.id returning users.id, users.revision
 ), change as (
@@ -39,7 +36,7 @@ with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
 ), due as (
     select request_id from requests, turn where is_ours and expire_time <= now()
-    order by expire_time limit $1 for update of requests skip locked
+    order by expire_time limit 500 for update of requests skip locked
 ), gone as (
     delete from requests using due where requests.request_id = due.request_id returning 1
 )
@@ -50,7 +47,7 @@ const PURGE_CHANGES: &str = "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
 ), oldest as (
-    select xid, seq, time from user_changes order by xid, seq limit $1
+    select xid, seq, time from user_changes order by xid, seq limit 500
 ), gone as (
     delete from user_changes using oldest, turn
     where is_ours and user_changes.xid = oldest.xid and user_changes.seq = oldest.seq
@@ -77,13 +74,12 @@ pub async fn run(db: &Db, interval: Duration) {
 }
 
 async fn purge(db: &Db, sql: &'static str) -> Result<i64, Error> {
-    let mut total = 0;
+    let mut total: i64 = 0;
     loop {
-        let rows = db.run(Access::Write, sql, &[&BATCH]).await?;
-        let count: i64 = rows.first().map_or(Ok(0), |row| column(row, 0))?;
-        total += count;
-        if count < BATCH {
-            return Ok(total);
+        let rows = db.run(Access::Write, sql, &[]).await?;
+        match rows.first().map_or(Ok(0), |row| column(row, 0))? {
+            0 => return Ok(total),
+            count => total += count,
         }
     }
 }

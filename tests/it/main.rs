@@ -1,1 +1,27 @@
-//! The service, proved through gRPC on a real PostgreSQL.
+//! The service, proved through gRPC on a real PostgreSQL: one file a promise.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "a test that cannot go on fails by panicking"
+)]
+
+mod clients;
+mod create;
+mod deadlines;
+mod delete;
+mod faults;
+mod hostile;
+mod list;
+mod migrations;
+mod private_postgres;
+mod read;
+mod retries;
+mod settings;
+mod start_and_stop;
+mod support;
+mod update;

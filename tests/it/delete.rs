@@ -1,0 +1,144 @@
+//! A user goes: softly, back again, for good.
+
+use tonic::Code;
+use user_service::pb;
+
+use crate::support::*;
+
+fn undelete(id: &str, username: &str) -> pb::UndeleteUserRequest {
+    pb::UndeleteUserRequest { id: id.into(), username: username.into(), ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_deleted_user_is_still_there_holds_its_username_and_comes_back() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let user = created(&mut client, "alice").await;
+    let deleted = client.delete_user(delete(&user.id)).await.unwrap().into_inner().user.unwrap();
+    assert_eq!(deleted.revision, 2);
+    let (delete_time, purge_time) = (deleted.delete_time.unwrap(), deleted.purge_time.unwrap());
+    assert_eq!(purge_time.seconds - delete_time.seconds, 30 * 24 * 3600);
+    let found = client.get_user(by_username(&user.username)).await.unwrap().into_inner();
+    assert_eq!(found.user, Some(deleted));
+    let taken = client.create_user(create(crate::support::user("ALICE"))).await;
+    assert_refused(taken, Code::AlreadyExists, "USERNAME_TAKEN");
+
+    let back = client.undelete_user(undelete(&user.id, "")).await.unwrap().into_inner().user.unwrap();
+    assert_eq!(back, pb::User { revision: 3, update_time: back.update_time, ..user.clone() });
+    assert_refused(client.undelete_user(undelete(&user.id, "")).await, Code::FailedPrecondition, "USER_NOT_DELETED");
+    assert_eq!(database.count("select count(*) from user_changes where (kind, revision) in ((1, 1), (3, 2), (4, 3))").await, 3);
+}
+
+#[tokio::test]
+async fn a_released_username_is_free_at_once_and_a_new_one_is_needed_to_come_back() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let alice = created(&mut client, "alice").await;
+    let release = pb::DeleteUserRequest { release_username: true, ..delete(&alice.id) };
+    client.delete_user(release).await.unwrap();
+    assert_refused(client.get_user(by_username(&alice.username)).await, Code::NotFound, "USER_NOT_FOUND");
+    let other = created(&mut client, "alice").await;
+    assert_ne!(other.id, alice.id);
+
+    let refused = client.undelete_user(undelete(&alice.id, "")).await;
+    assert_refused(refused, Code::FailedPrecondition, "USERNAME_RELEASED");
+    let refused = client.undelete_user(undelete(&alice.id, &alice.username)).await;
+    let status = assert_refused(refused, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_eq!(violations(&status)[0].0, "username");
+    let name = format!("{SECRET}alice2");
+    let back = client.undelete_user(undelete(&alice.id, &name)).await.unwrap().into_inner().user.unwrap();
+    assert_eq!((back.username, back.delete_time, back.purge_time), (name, None, None));
+}
+
+#[tokio::test]
+async fn a_delete_looks_at_revision_and_state() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let user = created(&mut client, "alice").await;
+    let stale = pb::DeleteUserRequest { revision: 7, ..delete(&user.id) };
+    assert_refused(client.delete_user(stale).await, Code::Aborted, "REVISION_MISMATCH");
+    let current = pb::DeleteUserRequest { revision: 1, ..delete(&user.id) };
+    let validated = pb::DeleteUserRequest { validate_only: true, ..current.clone() };
+    let tried = client.delete_user(validated).await.unwrap().into_inner().user.unwrap();
+    assert_eq!(client.get_user(by_id(&user.id)).await.unwrap().into_inner().user.unwrap().revision, 1);
+    let deleted = client.delete_user(current).await.unwrap().into_inner().user.unwrap();
+    assert!(tried.delete_time.is_some() && tried.revision == deleted.revision);
+
+    assert_refused(client.delete_user(delete(&user.id)).await, Code::FailedPrecondition, "USER_DELETED");
+    let missing = new_request_id();
+    assert_refused(client.delete_user(delete(&missing)).await, Code::NotFound, "USER_NOT_FOUND");
+    let allowed = |id: &str| pb::DeleteUserRequest { allow_missing: true, ..delete(id) };
+    assert_eq!(client.delete_user(allowed(&user.id)).await.unwrap().into_inner().user, Some(deleted));
+    assert_eq!(client.delete_user(allowed(&missing)).await.unwrap().into_inner().user, None);
+}
+
+#[tokio::test]
+async fn after_an_expunge_nothing_of_the_user_is_left() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    // A life that leaves as many traces as one can.
+    let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
+    let alice = client.create_user(request).await.unwrap().into_inner().user.unwrap();
+    let renamed = pb::UpdateUserRequest {
+        user: Some(pb::User { id: alice.id.clone(), ..user("eve") }),
+        request_id: new_request_id(),
+        ..Default::default()
+    };
+    client.update_user(renamed).await.unwrap();
+    let release = pb::DeleteUserRequest { release_username: true, request_id: new_request_id(), ..delete(&alice.id) };
+    client.delete_user(release).await.unwrap();
+    assert!(database.dump().to_lowercase().contains(SECRET));
+    let salt = "select encode(fingerprint_salt, 'hex') from users";
+    let salt: String = database.connect().await.query_one(salt, &[]).await.unwrap().get(0);
+
+    let gone = client.expunge_user(expunge(&alice.id)).await.unwrap().into_inner();
+    assert_eq!(gone.user_id, alice.id);
+    assert!(gone.expunge_time.is_some());
+    let dump = database.dump().to_lowercase();
+    assert!(!dump.contains(SECRET), "{dump}");
+    // The fingerprints of its requests are left, and the key to them is not.
+    assert_eq!(database.count("select count(*) from requests").await, 3);
+    assert!(!dump.contains(&salt));
+    assert_eq!(database.count("select count(*) from user_changes where kind = 5 and revision = 4").await, 1);
+    assert_refused(client.get_user(by_id(&alice.id)).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_refused(client.expunge_user(expunge(&alice.id)).await, Code::NotFound, "USER_NOT_FOUND");
+    created(&mut client, "eve").await;
+}
+
+#[tokio::test]
+async fn the_purge_erases_whose_time_has_come_and_nobody_else() {
+    let database = Database::migrated().await;
+    let fast = [("PURGE_INTERVAL_MS", "10")];
+    // Replicas take turns; together they purge each user once.
+    let (server, _other) = (Server::start(&database, &fast).await, Server::start(&database, &fast).await);
+    let mut client = server.client().await;
+    let mut doomed = Vec::new();
+    for n in 0..40 {
+        let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user(&format!("user{n}"))) };
+        let user = client.create_user(request).await.unwrap().into_inner().user.unwrap();
+        if n % 2 == 0 {
+            client.delete_user(delete(&user.id)).await.unwrap();
+            doomed.push(user.id);
+        }
+    }
+    let kept = doomed.pop().unwrap();
+    let admin = database.connect().await;
+    let due = "update users set purge_time = now() where purge_time is not null and id <> $1::text::uuid";
+    admin.execute(due, &[&kept]).await.unwrap();
+    admin.batch_execute("update requests set expire_time = now() where request_id in (select request_id from requests limit 7)").await.unwrap();
+    // A change from before the retention, older than every other.
+    admin.batch_execute("insert into user_changes (xid, user_id, revision, kind, time) values ('3', gen_random_uuid(), 1, 1, now() - interval '8 days')").await.unwrap();
+
+    eventually("all that is due is gone", async || {
+        let left = "select (select count(*) from users where purge_time <= now())
+            + (select count(*) from requests where expire_time <= now())
+            + (select count(*) from user_changes where time < now() - interval '7 days')";
+        (database.count(left).await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(database.count("select count(*) from users").await, 21);
+    assert_eq!(database.count("select count(*) from requests").await, 33);
+    assert_eq!(database.count("select count(*) from user_changes where kind = 6").await, 19);
+    assert_eq!(database.count("select count(*) from user_changes where kind = 6 and revision = 3").await, 19);
+    client.get_user(by_id(&kept)).await.unwrap();
+}

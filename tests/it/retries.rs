@@ -1,0 +1,122 @@
+//! The same request, made again, is made once.
+
+use futures_util::future::join_all;
+use tonic::Code;
+use user_service::pb;
+
+use crate::support::*;
+
+#[tokio::test]
+async fn fifty_creates_with_one_request_id_make_one_user_and_get_equal_answers() {
+    let (server, database) = server().await;
+    let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
+    let mut calls = Vec::new();
+    for _ in 0..50 {
+        let (mut client, request) = (server.client().await, request.clone());
+        calls.push(async move { client.create_user(request).await.unwrap().into_inner() });
+    }
+    let answers = join_all(calls).await;
+    assert!(answers.iter().all(|answer| *answer == answers[0]));
+    assert_eq!(database.count("select count(*) from users").await, 1);
+    assert_eq!(database.count("select count(*) from user_changes").await, 1);
+}
+
+#[tokio::test]
+async fn a_retried_change_changes_nothing_more_and_answers_with_the_user_as_it_is() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let id = created(&mut client, "alice").await.id;
+    let update = pb::UpdateUserRequest {
+        user: Some(pb::User { id: id.clone(), display_name: "One".into(), revision: 1, ..Default::default() }),
+        request_id: new_request_id(),
+        ..Default::default()
+    };
+    // All at once: the ones that come second find a revision that no longer fits.
+    let calls = (0..20).map(|_| {
+        let (mut client, update) = (client.clone(), update.clone());
+        async move { client.update_user(update).await.unwrap().into_inner().user.unwrap().revision }
+    });
+    assert!(join_all(calls).await.iter().all(|revision| *revision == 2));
+
+    client.update_user(rename(&id, "Two")).await.unwrap();
+    let retried = client.update_user(update.clone()).await.unwrap().into_inner().user.unwrap();
+    assert_eq!((retried.revision, retried.display_name.as_str()), (3, "Two"));
+
+    let delete = pb::DeleteUserRequest { request_id: new_request_id(), ..delete(&id) };
+    let undelete = pb::UndeleteUserRequest { id: id.clone(), request_id: new_request_id(), ..Default::default() };
+    for revision in [4, 4] {
+        let user = client.delete_user(delete.clone()).await.unwrap().into_inner().user.unwrap();
+        assert_eq!(user.revision, revision);
+    }
+    for revision in [5, 5] {
+        let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
+        assert_eq!(user.revision, revision);
+    }
+    // The delete is not made again, although the user could be deleted again.
+    let user = client.delete_user(delete).await.unwrap().into_inner().user.unwrap();
+    assert_eq!((user.revision, user.delete_time), (5, None));
+
+    let expunge = pb::ExpungeUserRequest { request_id: new_request_id(), ..expunge(&id) };
+    let first = client.expunge_user(expunge.clone()).await.unwrap().into_inner();
+    assert_eq!(client.expunge_user(expunge).await.unwrap().into_inner(), first);
+    // The other records outlive the user, and do not bring it back.
+    assert_refused(client.update_user(update).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_eq!(database.count("select count(*) from users").await, 0);
+    assert_eq!(database.count("select count(*) from user_changes").await, 6);
+}
+
+#[tokio::test]
+async fn a_retried_delete_of_nobody_does_not_delete_who_came_later() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let id = new_request_id();
+    let request = pb::DeleteUserRequest { allow_missing: true, request_id: new_request_id(), ..delete(&id) };
+    assert_eq!(client.delete_user(request.clone()).await.unwrap().into_inner().user, None);
+    client.create_user(create(pb::User { id, ..user("alice") })).await.unwrap();
+    let user = client.delete_user(request).await.unwrap().into_inner().user.unwrap();
+    assert_eq!((user.revision, user.delete_time), (1, None));
+}
+
+#[tokio::test]
+async fn a_request_id_with_other_content_or_for_another_rpc_is_refused() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let request_id = new_request_id();
+    let request = pb::CreateUserRequest { request_id: request_id.clone(), ..create(user("alice")) };
+    let id = client.create_user(request).await.unwrap().into_inner().user.unwrap().id;
+
+    let other = pb::CreateUserRequest { request_id: request_id.clone(), ..create(user("bob")) };
+    let status = assert_refused(client.create_user(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(violations(&status), [("request_id".into(), "REQUEST_ID_REUSED".into())]);
+    let update = pb::UpdateUserRequest { request_id: request_id.clone(), ..rename(&id, "New") };
+    assert_refused(client.update_user(update).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    let delete = pb::DeleteUserRequest { request_id: request_id.clone(), ..delete(&id) };
+    assert_refused(client.delete_user(delete).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    let expunge = pb::ExpungeUserRequest { request_id, ..expunge(&id) };
+    assert_refused(client.expunge_user(expunge).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(client.get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap().revision, 1);
+}
+
+#[tokio::test]
+async fn a_failed_call_leaves_no_record_and_an_expired_one_counts_no_more() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let id = created(&mut client, "alice").await.id;
+    let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
+    assert_refused(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
+    let stale = pb::UpdateUserRequest {
+        user: Some(pb::User { id: id.clone(), display_name: "New".into(), revision: 7, ..Default::default() }),
+        request_id: new_request_id(),
+        ..Default::default()
+    };
+    assert_refused(client.update_user(stale).await, Code::Aborted, "REVISION_MISMATCH");
+    assert_eq!(database.count("select count(*) from requests").await, 0);
+
+    client.expunge_user(expunge(&id)).await.unwrap();
+    let first = client.create_user(request.clone()).await.unwrap().into_inner().user.unwrap();
+    database.connect().await.batch_execute("update requests set expire_time = now()").await.unwrap();
+    assert_refused(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
+    client.expunge_user(expunge(&first.id)).await.unwrap();
+    let second = client.create_user(request).await.unwrap().into_inner().user.unwrap();
+    assert_ne!(first.id, second.id);
+}

@@ -1,0 +1,416 @@
+//! A real server over a real database of its own, for every test.
+
+use std::{
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use hyper_util::{client::legacy, rt::TokioExecutor};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    sync::watch,
+};
+use tokio_postgres::NoTls;
+use tonic::{Code, Request, Status, body::Body, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_types::StatusExt;
+use user_service::{
+    db,
+    embedded::Embedded,
+    pb::{self, user_service_client::UserServiceClient},
+};
+use uuid::Uuid;
+
+/// In every username, e-mail address and password of a test, so that no log line
+/// can have one unnoticed.
+pub const SECRET: &str = "zqzq";
+
+/// Nothing here takes longer on a machine that is slow and busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+// ---------------------------------------------------------------- PostgreSQL
+
+/// The PostgreSQL that all tests share.
+struct Cluster {
+    dir: PathBuf,
+    template: String,
+    databases: AtomicU32,
+}
+
+/// Starts the shared PostgreSQL, and makes a migrated database to copy. A guard
+/// process, which ends when this one does, however it ends, cleans up.
+fn cluster() -> &'static Cluster {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    CLUSTER.get_or_init(|| {
+        let start = async {
+            let dir = TempDir::with_prefix("us-").unwrap().keep();
+            let postgres = Embedded::start(&dir).await.unwrap();
+            guard(&dir);
+            let client = connect(&postgres.config()).await;
+            // The tests' PostgreSQL may forget everything in a power cut.
+            client.batch_execute("alter system set fsync = off").await.unwrap();
+            client.batch_execute("select pg_reload_conf()").await.unwrap();
+            client.batch_execute("create database template_users").await.unwrap();
+            db::migrate(&config(&dir, "template_users")).await.unwrap();
+            // It is stopped by the guard, not by being dropped.
+            std::mem::forget(postgres);
+            Cluster { dir, template: "template_users".into(), databases: AtomicU32::new(0) }
+        };
+        // A test's runtime ends with the test; this needs one of its own.
+        std::thread::spawn(|| tokio::runtime::Runtime::new().unwrap().block_on(start)).join().unwrap()
+    })
+}
+
+fn guard(dir: &Path) {
+    let script = r#"cat; kill -QUIT "$(head -n 1 "$0/data/postmaster.pid")"; sleep 1; rm -rf "$0""#;
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(dir).stdin(Stdio::piped()).stdout(Stdio::null());
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    // Its end of the pipe closes when this process ends.
+    std::mem::forget(command.spawn().unwrap());
+}
+
+fn config(socket_dir: &Path, database: &str) -> tokio_postgres::Config {
+    let mut config = tokio_postgres::Config::new();
+    config.host_path(socket_dir).user("postgres").dbname(database);
+    config
+}
+
+async fn connect(config: &tokio_postgres::Config) -> tokio_postgres::Client {
+    let (client, connection) = config.connect(NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+/// A database of a test's own.
+#[derive(Clone)]
+pub struct Database {
+    pub socket_dir: PathBuf,
+    pub name: String,
+}
+
+impl Database {
+    /// One with the service's schema.
+    pub async fn migrated() -> Self {
+        let template = cluster().template.clone();
+        Self::create(&format!("template {template}")).await
+    }
+
+    /// One with nothing in it.
+    pub async fn empty() -> Self {
+        Self::create("").await
+    }
+
+    async fn create(options: &str) -> Self {
+        let cluster = cluster();
+        let name = format!("test_{}", cluster.databases.fetch_add(1, Ordering::Relaxed));
+        let admin = connect(&config(&cluster.dir, "postgres")).await;
+        admin.batch_execute(&format!("create database {name} {options}")).await.unwrap();
+        Self { socket_dir: cluster.dir.clone(), name }
+    }
+
+    pub fn config(&self) -> tokio_postgres::Config {
+        config(&self.socket_dir, &self.name)
+    }
+
+    /// A connection beside the service.
+    pub async fn connect(&self) -> tokio_postgres::Client {
+        connect(&self.config()).await
+    }
+
+    pub fn url(&self) -> String {
+        let host = self.socket_dir.to_str().unwrap().replace('/', "%2F");
+        format!("postgres://postgres:{SECRET}password@{host}/{}", self.name)
+    }
+
+    /// The one number that a query returns.
+    pub async fn count(&self, sql: &str) -> i64 {
+        self.connect().await.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
+    /// Everything in it, as text.
+    pub fn dump(&self) -> String {
+        let program = ["/usr/lib/postgresql/15/bin/pg_dump", "pg_dump"];
+        let program = program.into_iter().find(|p| Command::new(p).arg("--version").output().is_ok()).unwrap();
+        let mut command = Command::new(program);
+        command.args(["--username=postgres", "--host"]).arg(&self.socket_dir).arg(&self.name);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+// ------------------------------------------------------------------ the server
+
+/// A running service: the real binary.
+pub struct Server {
+    child: Child,
+    pub addr: String,
+    log: tempfile::NamedTempFile,
+}
+
+/// The service on a new database, ready.
+pub async fn server() -> (Server, Database) {
+    let database = Database::migrated().await;
+    (Server::start(&database, &[]).await, database)
+}
+
+impl Server {
+    /// Starts the service on a database and waits until it is ready.
+    pub async fn start(database: &Database, settings: &[(&str, &str)]) -> Self {
+        let server = Self::spawn(&[&[("DATABASE_URL", database.url().as_str())], settings].concat()).await;
+        server.wait_until("", ServingStatus::Serving).await;
+        server
+    }
+
+    /// Starts the service and waits until it listens.
+    pub async fn spawn(settings: &[(&str, &str)]) -> Self {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
+        command.env_clear().envs(std::env::var("PATH").map(|path| ("PATH", path)));
+        // Everything is logged in the tests, to see that nothing is in it.
+        command.env("RUST_LOG", "trace").env("LISTEN_ADDR", "127.0.0.1:0").env("DRAIN_DELAY_MS", "0");
+        command.envs(settings.iter().copied()).stderr(log.reopen().unwrap());
+        let mut server = Self { child: command.spawn().unwrap(), addr: String::new(), log };
+        server.addr = eventually("the service listens", async || {
+            assert!(server.child.try_wait().unwrap().is_none(), "it ended: {}", server.log());
+            let log = server.log();
+            let line = log.lines().find(|line| line.contains(r#""message":"listening""#))?;
+            Some(line.split_once(r#""addr":""#)?.1.split_once('"')?.0.to_owned())
+        })
+        .await;
+        server
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log.path()).unwrap()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub async fn channel(&self) -> Channel {
+        Channel::from_shared(format!("http://{}", self.addr)).unwrap().connect().await.unwrap()
+    }
+
+    pub async fn client(&self) -> UserServiceClient<Channel> {
+        UserServiceClient::new(self.channel().await)
+    }
+
+    /// A client that does not watch over its deadlines, to see the server do it.
+    pub fn patient_client(&self) -> UserServiceClient<legacy::Client<legacy::connect::HttpConnector, Body>> {
+        let http = legacy::Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+        UserServiceClient::with_origin(http, format!("http://{}", self.addr).parse().unwrap())
+    }
+
+    /// What the service says of its health; `None` if it cannot be reached.
+    pub async fn health(&self, service: &str) -> Option<ServingStatus> {
+        let endpoint = Channel::from_shared(format!("http://{}", self.addr)).unwrap();
+        let mut client = HealthClient::new(endpoint.connect().await.ok()?);
+        let request = HealthCheckRequest { service: service.into() };
+        Some(client.check(request).await.ok()?.into_inner().status())
+    }
+
+    pub async fn wait_until(&self, service: &str, status: ServingStatus) {
+        eventually("the health is as expected", async || {
+            (self.health(service).await == Some(status)).then_some(())
+        })
+        .await;
+    }
+
+    /// Sends a signal by its name.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+    }
+
+    /// Waits for the process to end.
+    pub async fn ended(&mut self) -> ExitStatus {
+        eventually("the process ends", async || self.child.try_wait().unwrap()).await
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<_> = log.lines().filter(|line| !line.contains(r#""level":"TRACE""#)).collect();
+            let _ = writeln!(std::io::stderr(), "{}", tail[tail.len().saturating_sub(40)..].join("\n"));
+        } else {
+            let log = self.log().to_lowercase();
+            let leak = log.lines().find(|line| line.contains(SECRET));
+            assert_eq!(leak, None, "the log has personal data or a password");
+        }
+    }
+}
+
+/// Asks again and again until there is an answer.
+pub async fn eventually<T>(what: &str, mut poll: impl AsyncFnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(answer) = poll().await {
+            return answer;
+        }
+        assert!(started.elapsed() < PATIENCE, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+// ------------------------------------------------------------------- requests
+
+/// A user to create; the name is made unmistakable in logs.
+pub fn user(name: &str) -> pb::User {
+    pb::User {
+        username: format!("{SECRET}{name}"),
+        email: format!("{SECRET}{name}@example.com"),
+        display_name: format!("{SECRET} {name}"),
+        ..Default::default()
+    }
+}
+
+pub fn create(user: pb::User) -> pb::CreateUserRequest {
+    pb::CreateUserRequest { user: Some(user), ..Default::default() }
+}
+
+pub fn by_id(id: &str) -> pb::GetUserRequest {
+    let key = Some(pb::get_user_request::Key::Id(id.into()));
+    pb::GetUserRequest { key, ..Default::default() }
+}
+
+pub fn by_username(username: &str) -> pb::GetUserRequest {
+    let key = Some(pb::get_user_request::Key::Username(username.into()));
+    pb::GetUserRequest { key, ..Default::default() }
+}
+
+pub fn delete(id: &str) -> pb::DeleteUserRequest {
+    pb::DeleteUserRequest { id: id.into(), ..Default::default() }
+}
+
+pub fn expunge(id: &str) -> pb::ExpungeUserRequest {
+    pb::ExpungeUserRequest { id: id.into(), ..Default::default() }
+}
+
+/// An update of the display name.
+pub fn rename(id: &str, display_name: &str) -> pb::UpdateUserRequest {
+    let user = pb::User { id: id.into(), display_name: display_name.into(), ..Default::default() };
+    pb::UpdateUserRequest { user: Some(user), ..Default::default() }
+}
+
+pub fn new_request_id() -> String {
+    Uuid::now_v7().to_string()
+}
+
+/// A request that the server has to answer in time, by a client that would wait.
+pub fn with_timeout<T>(message: T, timeout: &'static str) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("grpc-timeout", timeout.parse().unwrap());
+    request
+}
+
+/// Creates a user and returns it.
+pub async fn created(client: &mut UserServiceClient<Channel>, name: &str) -> pb::User {
+    client.create_user(create(user(name))).await.unwrap().into_inner().user.unwrap()
+}
+
+// -------------------------------------------------------------------- answers
+
+/// The reason that a failure gives.
+pub fn reason(status: &Status) -> String {
+    let details = status.get_error_details();
+    let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
+    assert_eq!(info.domain, "users.v1");
+    info.reason.clone()
+}
+
+/// The fields that a failure names, each with the reason.
+pub fn violations(status: &Status) -> Vec<(String, String)> {
+    let details = status.get_error_details();
+    let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
+    violations.into_iter().map(|v| (v.field, v.reason)).collect()
+}
+
+#[track_caller]
+pub fn assert_refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, expected: &str) -> Status {
+    let status = answer.expect_err("this should have been refused");
+    assert_eq!((status.code(), reason(&status).as_str()), (code, expected), "{status:?}");
+    status
+}
+
+// ---------------------------------------------------------------------- proxy
+
+/// A way to the database that can be disturbed.
+pub struct Proxy {
+    dir: TempDir,
+    upstream: Database,
+    is_holding: watch::Sender<bool>,
+    cuts: watch::Sender<u32>,
+}
+
+impl Proxy {
+    /// Passes everything on, both ways.
+    pub async fn to(upstream: &Database) -> Self {
+        let dir = TempDir::with_prefix("px-").unwrap();
+        let listener = UnixListener::bind(dir.path().join(".s.PGSQL.5432")).unwrap();
+        let target = upstream.socket_dir.join(".s.PGSQL.5432");
+        let (is_holding, holding) = watch::channel(false);
+        let (cuts, cut) = watch::channel(0);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let server = UnixStream::connect(&target).await.unwrap();
+                let (holding, mut cut) = (holding.clone(), cut.clone());
+                cut.mark_unchanged();
+                tokio::spawn(async move {
+                    let (mut from_client, to_client) = client.into_split();
+                    let (from_server, mut to_server) = server.into_split();
+                    tokio::select! {
+                        _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+                        () = pass_answers(from_server, to_client, holding) => {}
+                        _ = cut.changed() => {}
+                    }
+                });
+            }
+        });
+        Self { dir, upstream: upstream.clone(), is_holding, cuts }
+    }
+
+    /// The database as seen through the proxy.
+    pub fn database(&self) -> Database {
+        Database { socket_dir: self.dir.path().into(), name: self.upstream.name.clone() }
+    }
+
+    /// Keeps back what the database answers from now on.
+    pub fn hold_answers(&self) {
+        self.is_holding.send_replace(true);
+    }
+
+    /// Breaks all connections, and passes everything on again.
+    pub fn cut(&self) {
+        self.cuts.send_modify(|n| *n += 1);
+        self.is_holding.send_replace(false);
+    }
+}
+
+async fn pass_answers(
+    mut from: tokio::net::unix::OwnedReadHalf,
+    mut to: tokio::net::unix::OwnedWriteHalf,
+    mut holding: watch::Receiver<bool>,
+) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        if holding.wait_for(|is_holding| !is_holding).await.is_err() || to.write_all(&buffer[..n]).await.is_err() {
+            return;
+        }
+    }
+}
