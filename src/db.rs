@@ -36,11 +36,11 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// what stands behind the address, and a backend's memory does not only grow.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
 /// Whoever waits longer for a table lock in a migration stands in the way of all.
-const MIGRATION_LOCK_TIMEOUT_MS: u32 = 5_000;
+pub const MIGRATION_LOCK_TIMEOUT_MS: u32 = 5_000;
 /// How often a replica looks whether another one has finished migrating.
 const MIGRATION_POLL: Duration = Duration::from_millis(50);
 /// The advisory lock of migrations: "users", in ASCII.
-const MIGRATION_LOCK: i64 = 0x75_73_65_72_73;
+pub const MIGRATION_LOCK: i64 = 0x75_73_65_72_73;
 
 /// The parameters of a statement, `$1` first.
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];

@@ -5,6 +5,7 @@ use std::{
     any::Any,
     convert::Infallible,
     hash::{BuildHasher, RandomState},
+    io,
     panic::AssertUnwindSafe,
     pin::pin,
     sync::Arc,
@@ -30,8 +31,12 @@ use crate::{
     error::{Error, reason},
 };
 
-/// A new connection has to say something within this time.
-const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A new connection has to say that it speaks HTTP/2 within this time.
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Which it does in this many octets (RFC 9113, section 3.4).
+const PREFACE_OCTETS: usize = 24;
+/// How often to look for the rest of it, if it does not come in one piece.
+const PREFACE_POLL: Duration = Duration::from_millis(20);
 /// A silent connection is asked whether it is still there.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(60);
 /// And closed if it does not say so.
@@ -110,8 +115,8 @@ async fn serve_connection(
     stop: CancellationToken,
 ) {
     tokio::select! {
-        readable = time::timeout(FIRST_BYTE_TIMEOUT, stream.readable()) => {
-            if !matches!(readable, Ok(Ok(()))) {
+        greeted = time::timeout(PREFACE_TIMEOUT, greets(&stream)) => {
+            if !matches!(greeted, Ok(Ok(true))) {
                 return;
             }
         }
@@ -134,6 +139,19 @@ async fn serve_connection(
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "connection ended");
+    }
+}
+
+/// Whether the client sends as much as the greeting has; hyper reads it then, and
+/// would wait for it for ever.
+async fn greets(stream: &TcpStream) -> io::Result<bool> {
+    let mut preface = [0; PREFACE_OCTETS];
+    loop {
+        match stream.peek(&mut preface).await? {
+            PREFACE_OCTETS => return Ok(true),
+            0 => return Ok(false),
+            _ => time::sleep(PREFACE_POLL).await,
+        }
     }
 }
 

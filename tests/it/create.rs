@@ -13,7 +13,10 @@ async fn a_created_user_is_what_was_asked_for_and_has_revision_1() {
     let mut client = server.client().await;
     let asked = user("alice");
     let user = created(&mut client, "alice").await;
-    assert_eq!((&user.username, &user.email, &user.display_name), (&asked.username, &asked.email, &asked.display_name));
+    assert_eq!(
+        (&user.username, &user.email, &user.display_name),
+        (&asked.username, &asked.email, &asked.display_name)
+    );
     assert_eq!((user.revision, user.delete_time, user.purge_time), (1, None, None));
     assert!(user.create_time.is_some() && user.create_time == user.update_time);
     assert_eq!(Uuid::parse_str(&user.id).unwrap().get_version_num(), 7);
@@ -30,7 +33,8 @@ async fn the_caller_may_bring_the_id_once() {
     let with_id = |name| create(pb::User { id: id.clone(), ..user(name) });
     let user = client.create_user(with_id("alice")).await.unwrap().into_inner().user.unwrap();
     assert_eq!(user.id, id);
-    let status = assert_refused(client.create_user(with_id("bob")).await, Code::AlreadyExists, "USER_ID_TAKEN");
+    let status =
+        assert_refused(client.create_user(with_id("bob")).await, Code::AlreadyExists, "USER_ID_TAKEN");
     assert_eq!(violations(&status)[0].0, "user.id");
 }
 
@@ -39,7 +43,8 @@ async fn what_is_output_only_is_ignored() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let time = Some(prost_types::Timestamp { seconds: 1, nanos: 0 });
-    let asked = pb::User { revision: 7, create_time: time, delete_time: time, purge_time: time, ..user("alice") };
+    let asked =
+        pb::User { revision: 7, create_time: time, delete_time: time, purge_time: time, ..user("alice") };
     let user = client.create_user(create(asked)).await.unwrap().into_inner().user.unwrap();
     assert_eq!((user.revision, user.delete_time, user.purge_time), (1, None, None));
     assert_ne!(user.create_time, time);
@@ -94,7 +99,12 @@ async fn validate_only_answers_like_the_real_call_and_writes_nothing() {
     assert_eq!(database.count(rows).await, 0);
     let real = client.create_user(request.clone()).await.unwrap().into_inner().user.unwrap();
     // Id and times are made anew by each call.
-    let made = |user: &pb::User| pb::User { id: String::new(), create_time: None, update_time: None, ..user.clone() };
+    let made = |user: &pb::User| pb::User {
+        id: String::new(),
+        create_time: None,
+        update_time: None,
+        ..user.clone()
+    };
     assert_eq!(made(&tried), made(&real));
 
     // A retry and a conflict are told apart as they would be for real.

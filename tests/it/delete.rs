@@ -25,8 +25,17 @@ async fn a_deleted_user_is_still_there_holds_its_username_and_comes_back() {
 
     let back = client.undelete_user(undelete(&user.id, "")).await.unwrap().into_inner().user.unwrap();
     assert_eq!(back, pb::User { revision: 3, update_time: back.update_time, ..user.clone() });
-    assert_refused(client.undelete_user(undelete(&user.id, "")).await, Code::FailedPrecondition, "USER_NOT_DELETED");
-    assert_eq!(database.count("select count(*) from user_changes where (kind, revision) in ((1, 1), (3, 2), (4, 3))").await, 3);
+    assert_refused(
+        client.undelete_user(undelete(&user.id, "")).await,
+        Code::FailedPrecondition,
+        "USER_NOT_DELETED",
+    );
+    assert_eq!(
+        database
+            .count("select count(*) from user_changes where (kind, revision) in ((1, 1), (3, 2), (4, 3))")
+            .await,
+        3
+    );
 }
 
 #[tokio::test]
@@ -85,7 +94,8 @@ async fn after_an_expunge_nothing_of_the_user_is_left() {
         ..Default::default()
     };
     client.update_user(renamed).await.unwrap();
-    let release = pb::DeleteUserRequest { release_username: true, request_id: new_request_id(), ..delete(&alice.id) };
+    let release =
+        pb::DeleteUserRequest { release_username: true, request_id: new_request_id(), ..delete(&alice.id) };
     client.delete_user(release).await.unwrap();
     assert!(database.dump().to_lowercase().contains(SECRET));
     let salt = "select encode(fingerprint_salt, 'hex') from users";
@@ -114,7 +124,8 @@ async fn the_purge_erases_whose_time_has_come_and_nobody_else() {
     let mut client = server.client().await;
     let mut doomed = Vec::new();
     for n in 0..40 {
-        let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user(&format!("user{n}"))) };
+        let request =
+            pb::CreateUserRequest { request_id: new_request_id(), ..create(user(&format!("user{n}"))) };
         let user = client.create_user(request).await.unwrap().into_inner().user.unwrap();
         if n % 2 == 0 {
             client.delete_user(delete(&user.id)).await.unwrap();

@@ -18,7 +18,10 @@ fn ask(order: OrderBy, filter: pb::ListUsersFilter) -> pb::ListUsersRequest {
     pb::ListUsersRequest { order_by: order.into(), filter: Some(filter), ..Default::default() }
 }
 
-async fn page(client: &mut UserServiceClient<Channel>, request: &pb::ListUsersRequest) -> pb::ListUsersResponse {
+async fn page(
+    client: &mut UserServiceClient<Channel>,
+    request: &pb::ListUsersRequest,
+) -> pb::ListUsersResponse {
     client.list_users(request.clone()).await.unwrap().into_inner()
 }
 
@@ -101,7 +104,8 @@ async fn users_with_the_same_key_are_told_apart_by_their_id() {
     for order in [OrderBy::CreateTimeDesc, OrderBy::CreateTimeAsc] {
         for email in ["", "A@b.C"] {
             let filter = pb::ListUsersFilter { email: email.into(), ..Default::default() };
-            let mut names = names(&mut client, pb::ListUsersRequest { page_size: 4, ..ask(order, filter) }).await;
+            let mut names =
+                names(&mut client, pb::ListUsersRequest { page_size: 4, ..ask(order, filter) }).await;
             names.sort();
             names.dedup();
             assert_eq!(names.len(), 30);
@@ -131,7 +135,10 @@ async fn filters_select_what_they_say() {
     let none = pb::ListUsersFilter::default();
     let by_name = |prefix: &str, include_deleted| {
         let username_prefix = format!("{SECRET}{prefix}");
-        ask(OrderBy::UsernameAsc, pb::ListUsersFilter { username_prefix, include_deleted, ..Default::default() })
+        ask(
+            OrderBy::UsernameAsc,
+            pb::ListUsersFilter { username_prefix, include_deleted, ..Default::default() },
+        )
     };
     assert_eq!(names(&mut client, by_name("AN", false)).await, ["an.na", "ann", "anz"]);
     assert_eq!(names(&mut client, by_name("an", true)).await, ["an.na", "ann", "Anna", "anz"]);
@@ -150,7 +157,10 @@ async fn filters_select_what_they_say() {
     };
     assert_eq!(names(&mut client, ask(OrderBy::CreateTimeAsc, between.clone())).await, ["bob", "an.na"]);
     let with_deleted = pb::ListUsersFilter { include_deleted: true, ..between };
-    assert_eq!(names(&mut client, ask(OrderBy::CreateTimeDesc, with_deleted)).await, ["an.na", "bob", "Anna"]);
+    assert_eq!(
+        names(&mut client, ask(OrderBy::CreateTimeDesc, with_deleted)).await,
+        ["an.na", "bob", "Anna"]
+    );
 }
 
 #[tokio::test]
@@ -198,8 +208,16 @@ async fn a_page_token_that_is_not_of_this_list_is_refused() {
     let token = page(&mut client, &request).await.next_page_token;
     let filter = |filter| Some(filter);
     let mut others = vec![
-        pb::ListUsersRequest { order_by: OrderBy::CreateTimeAsc.into(), page_token: token.clone(), ..Default::default() },
-        pb::ListUsersRequest { order_by: OrderBy::UsernameAsc.into(), page_token: token.clone(), ..Default::default() },
+        pb::ListUsersRequest {
+            order_by: OrderBy::CreateTimeAsc.into(),
+            page_token: token.clone(),
+            ..Default::default()
+        },
+        pb::ListUsersRequest {
+            order_by: OrderBy::UsernameAsc.into(),
+            page_token: token.clone(),
+            ..Default::default()
+        },
         pb::ListUsersRequest {
             filter: filter(pb::ListUsersFilter { include_deleted: true, ..Default::default() }),
             page_token: token.clone(),
@@ -231,8 +249,12 @@ async fn a_page_token_that_is_not_of_this_list_is_refused() {
         // The last of the token's bits are padding, and may flip.
         pb::ListUsersRequest { page_token, ..Default::default() }
     }));
-    for other in others.into_iter().filter(|other| other.page_token != token || other.order_by != 0 || other.filter.is_some()) {
-        let status = assert_refused(client.list_users(other).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
+    for other in others
+        .into_iter()
+        .filter(|other| other.page_token != token || other.order_by != 0 || other.filter.is_some())
+    {
+        let status =
+            assert_refused(client.list_users(other).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
         assert_eq!(violations(&status), [("page_token".into(), "PAGE_TOKEN_INVALID".into())]);
     }
     let next = pb::ListUsersRequest { page_token: token, page_size: 5, ..Default::default() };

@@ -1,1 +1,110 @@
-//! To come.
+//! Without `DATABASE_URL`, the service brings its own PostgreSQL.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+use tempfile::TempDir;
+use tonic_health::pb::health_check_response::ServingStatus;
+
+use crate::support::*;
+
+async fn start(data_dir: &Path) -> Server {
+    let server = Server::spawn(&[("DATA_DIR", data_dir.to_str().unwrap())]).await;
+    server.wait_until("", ServingStatus::Serving).await;
+    server
+}
+
+/// The process id of the private PostgreSQL, while there is one.
+fn postmaster(data_dir: &Path) -> Option<String> {
+    let file = fs::read_to_string(data_dir.join("data/postmaster.pid")).ok()?;
+    file.lines().next().map(str::to_owned)
+}
+
+#[tokio::test]
+async fn it_is_started_keeps_its_data_and_is_stopped_with_the_service() {
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    let data_dir = dir.path().join("deep/er");
+    let mut server = start(&data_dir).await;
+    assert!(server.log().contains(data_dir.to_str().unwrap()));
+    let user = created(&mut server.client().await, "alice").await;
+    assert!(postmaster(&data_dir).is_some());
+    assert_eq!(fs::metadata(&data_dir).unwrap().permissions().mode() & 0o777, 0o700);
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+    assert_eq!(postmaster(&data_dir), None);
+
+    let mut server = start(&data_dir).await;
+    let found = server.client().await.get_user(by_id(&user.id)).await.unwrap().into_inner();
+    assert_eq!(found.user, Some(user));
+    server.signal("INT");
+    assert!(server.ended().await.success());
+}
+
+#[tokio::test]
+async fn a_second_service_on_the_same_directory_is_told_so() {
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    let mut server = start(dir.path()).await;
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"))
+        .env("DATA_DIR", dir.path())
+        .env("LISTEN_ADDR", "127.0.0.1:0")
+        .env_remove("DATABASE_URL")
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("is in use by another user-service"), "{error}");
+    created(&mut server.client().await, "alice").await;
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+}
+
+#[tokio::test]
+async fn after_a_kill_the_next_start_takes_over() {
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    let mut server = start(dir.path()).await;
+    let user = created(&mut server.client().await, "alice").await;
+    let orphan = postmaster(dir.path());
+    server.signal("KILL");
+    server.ended().await;
+    let mut server = start(dir.path()).await;
+    assert_ne!(postmaster(dir.path()), orphan);
+    let found = server.client().await.get_user(by_id(&user.id)).await.unwrap().into_inner();
+    assert_eq!(found.user, Some(user));
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+}
+
+#[tokio::test]
+async fn without_server_binaries_one_sentence_says_what_to_do() {
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    // Data of a version that nobody has any more.
+    fs::create_dir(dir.path().join("data")).unwrap();
+    fs::write(dir.path().join("data/PG_VERSION"), "9\n").unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"))
+        .env("DATA_DIR", dir.path())
+        .env("LISTEN_ADDR", "127.0.0.1:0")
+        .env_remove("DATABASE_URL")
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert!(
+        error.contains("no server binaries of PostgreSQL 9") && error.contains("DATABASE_URL"),
+        "{error}"
+    );
+}
+
+/// Root hands PostgreSQL to another user; everybody else runs it themselves.
+#[tokio::test]
+async fn it_runs_as_the_service_does_unless_that_is_root() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    let mut server = start(dir.path()).await;
+    let own = fs::metadata(format!("/proc/{}", server.pid())).unwrap().uid();
+    let postgres = fs::metadata(format!("/proc/{}", postmaster(dir.path()).unwrap())).unwrap().uid();
+    if own == 0 {
+        assert_ne!(postgres, 0);
+    } else {
+        assert_eq!(postgres, own);
+    }
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+}

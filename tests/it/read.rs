@@ -55,16 +55,23 @@ async fn check_username_says_what_create_would() {
 
     let user = created(&mut server.client().await, "alice").await;
     let taken = check(name.clone()).await;
-    assert_eq!((taken.available, taken.reason.as_str(), taken.available_time), (false, "USERNAME_TAKEN", None));
+    assert_eq!(
+        (taken.available, taken.reason.as_str(), taken.available_time),
+        (false, "USERNAME_TAKEN", None)
+    );
 
-    let deleted = server.client().await.delete_user(delete(&user.id)).await.unwrap().into_inner().user.unwrap();
+    let deleted =
+        server.client().await.delete_user(delete(&user.id)).await.unwrap().into_inner().user.unwrap();
     let held = check(name).await;
     assert_eq!((held.available, held.available_time), (false, deleted.purge_time));
     assert!(held.available_time.is_some());
 
     for invalid in ["no", "two words", "\u{430}pple", "6f0f7a1e-0000-4000-8000-000000000000"] {
         let answer = check(invalid.into()).await;
-        assert_eq!((answer.available, answer.canonical.as_str(), answer.reason.as_str()), (false, "", "USERNAME_INVALID"));
+        assert_eq!(
+            (answer.available, answer.canonical.as_str(), answer.reason.as_str()),
+            (false, "", "USERNAME_INVALID")
+        );
     }
     let status = server.client().await.check_username(pb::CheckUsernameRequest::default()).await;
     assert_refused(status, Code::InvalidArgument, "FIELD_REQUIRED");

@@ -27,7 +27,12 @@ async fn a_retried_change_changes_nothing_more_and_answers_with_the_user_as_it_i
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
     let update = pb::UpdateUserRequest {
-        user: Some(pb::User { id: id.clone(), display_name: "One".into(), revision: 1, ..Default::default() }),
+        user: Some(pb::User {
+            id: id.clone(),
+            display_name: "One".into(),
+            revision: 1,
+            ..Default::default()
+        }),
         request_id: new_request_id(),
         ..Default::default()
     };
@@ -43,7 +48,8 @@ async fn a_retried_change_changes_nothing_more_and_answers_with_the_user_as_it_i
     assert_eq!((retried.revision, retried.display_name.as_str()), (3, "Two"));
 
     let delete = pb::DeleteUserRequest { request_id: new_request_id(), ..delete(&id) };
-    let undelete = pb::UndeleteUserRequest { id: id.clone(), request_id: new_request_id(), ..Default::default() };
+    let undelete =
+        pb::UndeleteUserRequest { id: id.clone(), request_id: new_request_id(), ..Default::default() };
     for revision in [4, 4] {
         let user = client.delete_user(delete.clone()).await.unwrap().into_inner().user.unwrap();
         assert_eq!(user.revision, revision);
@@ -105,7 +111,12 @@ async fn a_failed_call_leaves_no_record_and_an_expired_one_counts_no_more() {
     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
     assert_refused(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
     let stale = pb::UpdateUserRequest {
-        user: Some(pb::User { id: id.clone(), display_name: "New".into(), revision: 7, ..Default::default() }),
+        user: Some(pb::User {
+            id: id.clone(),
+            display_name: "New".into(),
+            revision: 7,
+            ..Default::default()
+        }),
         request_id: new_request_id(),
         ..Default::default()
     };

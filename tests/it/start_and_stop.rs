@@ -1,1 +1,192 @@
-//! To come.
+//! The service comes when it can, says how it is, and goes without a bang.
+
+use std::{
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use futures_util::future::join_all;
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tonic::Code;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use user_service::embedded::Embedded;
+
+use crate::support::*;
+
+/// Runs the binary to its end.
+fn run(args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
+    command.args(args).env_clear().envs(settings.iter().copied()).stdin(Stdio::null());
+    let output = command.output().unwrap();
+    (output.status.success(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[tokio::test]
+async fn without_its_database_the_service_lives_is_not_ready_and_gets_ready_by_itself() {
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    let url = format!("postgres://postgres@{}/postgres", dir.path().to_str().unwrap().replace('/', "%2F"));
+    let server = Server::spawn(&[("DATABASE_URL", &url)]).await;
+    for (name, status) in [
+        ("", ServingStatus::NotServing),
+        ("users.v1.UserService", ServingStatus::NotServing),
+        ("liveness", ServingStatus::Serving),
+    ] {
+        assert_eq!(server.health(name).await, Some(status), "{name}");
+    }
+    let status = server.client().await.get_user(by_id(&new_request_id())).await;
+    assert_refused(status, Code::Unavailable, "DATABASE_UNAVAILABLE");
+    let postgres = Embedded::start(dir.path()).await.unwrap();
+    server.wait_until("", ServingStatus::Serving).await;
+    created(&mut server.client().await, "alice").await;
+    drop(server);
+    postgres.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn sigterm_under_load_fails_no_call_that_was_accepted() {
+    let database = Database::migrated().await;
+    let mut server = Server::start(&database, &[("DRAIN_DELAY_MS", "100")]).await;
+    // It never says a word, and must not keep the service.
+    let mut silent = TcpStream::connect(&server.addr).await.unwrap();
+    let writers = (0..16).map(|writer| {
+        let addr = server.addr.clone();
+        tokio::spawn(async move {
+            let channel = tonic::transport::Channel::from_shared(format!("http://{addr}")).unwrap();
+            let mut client = user_service::pb::user_service_client::UserServiceClient::new(
+                channel.connect().await.unwrap(),
+            );
+            let mut acknowledged = Vec::new();
+            for n in 0.. {
+                let name = format!("w{writer}n{n}");
+                match client.create_user(create(user(&name))).await {
+                    Ok(answer) => acknowledged.push(answer.into_inner().user.unwrap().username),
+                    // The first call that is not accepted.
+                    Err(_) => return (acknowledged, format!("{SECRET}{name}")),
+                }
+            }
+            unreachable!()
+        })
+    });
+    let writers: Vec<_> = writers.collect();
+    let rows = async || database.count("select count(*) from users").await;
+    eventually("the writers write", async || (rows().await > 100).then_some(())).await;
+    let started = Instant::now();
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    let mut total = 0;
+    let admin = database.connect().await;
+    for writer in join_all(writers).await {
+        let (acknowledged, refused) = writer.unwrap();
+        total += acknowledged.len();
+        // Had it been accepted, it would be there.
+        let found = admin.query("select from users where username = $1", &[&refused]).await.unwrap();
+        assert_eq!(found.len(), 0, "{refused} was accepted and not answered");
+    }
+    assert_eq!(usize::try_from(rows().await).unwrap(), total);
+    assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0);
+}
+
+#[tokio::test]
+async fn while_it_drains_the_service_is_not_ready_and_still_serves() {
+    let database = Database::migrated().await;
+    let mut server = Server::start(&database, &[("DRAIN_DELAY_MS", "600000")]).await;
+    let mut client = server.client().await;
+    let mut health = HealthClient::new(server.channel().await);
+    let mut watch = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    server.signal("TERM");
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    assert_eq!(server.health("").await, Some(ServingStatus::NotServing));
+    assert_eq!(server.health("liveness").await, Some(ServingStatus::Serving));
+    created(&mut client, "alice").await;
+    created(&mut server.client().await, "bob").await;
+    // A second signal skips the delay; the stream that watches ends.
+    server.signal("INT");
+    assert!(!matches!(watch.message().await, Ok(Some(_))));
+    assert!(server.ended().await.success());
+}
+
+#[tokio::test]
+async fn what_does_not_finish_within_the_grace_is_cancelled() {
+    let database = Database::migrated().await;
+    let mut server = Server::start(&database, &[("SHUTDOWN_GRACE_MS", "100")]).await;
+    let mut client = server.client().await;
+    let id = created(&mut client, "alice").await.id;
+    let holder = database.connect().await;
+    holder.batch_execute("begin; select from users for update").await.unwrap();
+    let stuck = tokio::spawn(async move { client.update_user(rename(&id, "New")).await });
+    let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+    eventually("it waits for the row", async || (database.count(waiting).await == 1).then_some(())).await;
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+    assert_eq!(database.count(waiting).await, 0);
+    stuck.await.unwrap().unwrap_err();
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_are_closed_at_once() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("MAX_CONNECTIONS", "3")]).await;
+    let mut held = Vec::new();
+    let mut refused = eventually("the limit is reached", async || {
+        let mut stream = TcpStream::connect(&server.addr).await.unwrap();
+        // A refused connection ends; an accepted one waits for us to speak.
+        let end = tokio::time::timeout(Duration::from_millis(200), stream.read(&mut [0])).await;
+        held.push(stream);
+        end.ok()
+    })
+    .await;
+    assert_eq!(*refused.as_mut().unwrap_or(&mut 0), 0);
+    assert_eq!(held.len(), 4);
+    held.clear();
+    server.wait_until("", ServingStatus::Serving).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_says_too_little_is_closed_after_a_while() {
+    let (server, _) = server().await;
+    let talk = |text: &'static [u8]| {
+        let addr = server.addr.clone();
+        async move {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            stream.write_all(text).await.unwrap();
+            stream.read(&mut [0]).await.unwrap_or(0)
+        }
+    };
+    let ends = join_all([talk(b""), talk(b"P"), talk(b"PRI * HTTP/2.0\r\n")]);
+    assert_eq!(tokio::time::timeout(Duration::from_secs(60), ends).await.unwrap(), [0, 0, 0]);
+    // What is not HTTP/2 at all is told so at once.
+    let mut stream = TcpStream::connect(&server.addr).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    created(&mut server.client().await, "alice").await;
+}
+
+#[tokio::test]
+async fn check_tells_a_container_whether_the_service_is_ready() {
+    let (mut server, database) = server().await;
+    let addr = server.addr.clone();
+    assert_eq!(run(&["check", "--addr", &addr], &[]), (true, String::new()));
+    assert_eq!(
+        run(&["check", "--addr", &addr, "--service", "users.v1.UserService"], &[]),
+        (true, String::new())
+    );
+    assert_eq!(run(&["check", "--service", "liveness"], &[("LISTEN_ADDR", &addr)]), (true, String::new()));
+    assert!(!run(&["check", "--addr", &addr, "--service", "nope"], &[]).0);
+
+    // The address is taken, which is an error of the start.
+    let (is_ok, error) = run(&["serve"], &[("DATABASE_URL", &database.url()), ("LISTEN_ADDR", &addr)]);
+    assert!(!is_ok && error.contains("cannot listen on"), "{error}");
+
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+    assert!(!run(&["check", "--addr", &addr], &[]).0);
+}

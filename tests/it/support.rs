@@ -21,7 +21,9 @@ use tokio::{
 };
 use tokio_postgres::NoTls;
 use tonic::{Code, Request, Status, body::Body, transport::Channel};
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
 use tonic_types::StatusExt;
 use user_service::{
     db,
@@ -140,7 +142,8 @@ impl Database {
     /// Everything in it, as text.
     pub fn dump(&self) -> String {
         let program = ["/usr/lib/postgresql/15/bin/pg_dump", "pg_dump"];
-        let program = program.into_iter().find(|p| Command::new(p).arg("--version").output().is_ok()).unwrap();
+        let program =
+            program.into_iter().find(|p| Command::new(p).arg("--version").output().is_ok()).unwrap();
         let mut command = Command::new(program);
         command.args(["--username=postgres", "--host"]).arg(&self.socket_dir).arg(&self.name);
         let output = command.output().unwrap();
@@ -246,8 +249,9 @@ impl Drop for Server {
         let _ = self.child.wait();
         if std::thread::panicking() {
             let log = self.log();
-            let tail: Vec<_> = log.lines().filter(|line| !line.contains(r#""level":"TRACE""#)).collect();
-            let _ = writeln!(std::io::stderr(), "{}", tail[tail.len().saturating_sub(40)..].join("\n"));
+            let own = log.lines().filter(|line| line.contains(r#""target":"user_service"#));
+            let last: Vec<_> = own.filter(|line| !line.contains(r#""level":"DEBUG""#)).collect();
+            let _ = writeln!(std::io::stderr(), "{}", last.join("\n"));
         } else {
             let log = self.log().to_lowercase();
             let leak = log.lines().find(|line| line.contains(SECRET));
@@ -374,10 +378,12 @@ impl Proxy {
                 tokio::spawn(async move {
                     let (mut from_client, to_client) = client.into_split();
                     let (from_server, mut to_server) = server.into_split();
+                    // A cut comes first, so that nothing held back gets through.
                     tokio::select! {
+                        biased;
+                        _ = cut.changed() => {}
                         _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
                         () = pass_answers(from_server, to_client, holding) => {}
-                        _ = cut.changed() => {}
                     }
                 });
             }
@@ -409,7 +415,9 @@ async fn pass_answers(
 ) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(n @ 1..) = from.read(&mut buffer).await {
-        if holding.wait_for(|is_holding| !is_holding).await.is_err() || to.write_all(&buffer[..n]).await.is_err() {
+        if holding.wait_for(|is_holding| !is_holding).await.is_err()
+            || to.write_all(&buffer[..n]).await.is_err()
+        {
             return;
         }
     }

@@ -24,15 +24,37 @@ async fn the_mask_says_what_is_written() {
     };
     // Each case goes on with what the one before has left.
     let cases = [
-        ("absent, with one field", pb::UpdateUserRequest { user: Some(pb::User { email: String::new(), display_name: String::new(), ..new.clone() }), ..Default::default() },
-            expect(&new, &old, &old.display_name)),
-        ("absent, with nothing", pb::UpdateUserRequest { user: Some(pb::User { id: old.id.clone(), ..Default::default() }), ..Default::default() },
-            expect(&new, &old, &old.display_name)),
+        (
+            "absent, with one field",
+            pb::UpdateUserRequest {
+                user: Some(pb::User { email: String::new(), display_name: String::new(), ..new.clone() }),
+                ..Default::default()
+            },
+            expect(&new, &old, &old.display_name),
+        ),
+        (
+            "absent, with nothing",
+            pb::UpdateUserRequest {
+                user: Some(pb::User { id: old.id.clone(), ..Default::default() }),
+                ..Default::default()
+            },
+            expect(&new, &old, &old.display_name),
+        ),
         ("one path", update(new.clone(), &["email"]), expect(&new, &new, &old.display_name)),
         ("a path to an empty value", update(cleared.clone(), &["display_name"]), expect(&new, &new, "")),
-        ("output only", update(old.clone(), &["id", "create_time", "update_time", "delete_time", "purge_time", "revision"]),
-            expect(&new, &new, "")),
-        ("two paths", update(old.clone(), &["username", "display_name"]), expect(&old, &new, &old.display_name)),
+        (
+            "output only",
+            update(
+                old.clone(),
+                &["id", "create_time", "update_time", "delete_time", "purge_time", "revision"],
+            ),
+            expect(&new, &new, ""),
+        ),
+        (
+            "two paths",
+            update(old.clone(), &["username", "display_name"]),
+            expect(&old, &new, &old.display_name),
+        ),
         ("star", update(cleared, &["*"]), expect(&new, &new, "")),
     ];
     for (what, request, (username, email, display_name)) in cases {
@@ -96,7 +118,9 @@ async fn the_final_revision_counts_64_writers_that_do_not_look() {
     let user = created(&mut client, "alice").await;
     let writers = (0..64).map(|n| {
         let (mut client, id) = (client.clone(), user.id.clone());
-        async move { client.update_user(rename(&id, &format!("name {n}"))).await.unwrap().into_inner().user.unwrap() }
+        async move {
+            client.update_user(rename(&id, &format!("name {n}"))).await.unwrap().into_inner().user.unwrap()
+        }
     });
     let mut revisions: Vec<_> = join_all(writers).await.iter().map(|user| user.revision).collect();
     revisions.sort_unstable();
@@ -112,7 +136,12 @@ async fn update_time_never_goes_back() {
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
     // As if another replica's clock were ahead.
-    database.connect().await.batch_execute("update users set update_time = now() + interval '1 hour'").await.unwrap();
+    database
+        .connect()
+        .await
+        .batch_execute("update users set update_time = now() + interval '1 hour'")
+        .await
+        .unwrap();
     let ahead = client.get_user(by_id(&user.id)).await.unwrap().into_inner().user.unwrap();
     let after = client.update_user(rename(&user.id, "New")).await.unwrap().into_inner().user.unwrap();
     assert_eq!((after.update_time, after.revision), (ahead.update_time, 2));
@@ -136,8 +165,16 @@ async fn who_is_deleted_or_missing_cannot_be_updated() {
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
     client.delete_user(delete(&user.id)).await.unwrap();
-    assert_refused(client.update_user(rename(&user.id, "New")).await, Code::FailedPrecondition, "USER_DELETED");
-    assert_refused(client.update_user(rename(&new_request_id(), "New")).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_refused(
+        client.update_user(rename(&user.id, "New")).await,
+        Code::FailedPrecondition,
+        "USER_DELETED",
+    );
+    assert_refused(
+        client.update_user(rename(&new_request_id(), "New")).await,
+        Code::NotFound,
+        "USER_NOT_FOUND",
+    );
 }
 
 #[tokio::test]

@@ -1,0 +1,93 @@
+"""A user's whole life, by a client that is not ours: Python's grpcio, which
+knows the service by reflection only. Usage: life.py HOST:PORT"""
+
+import sys
+import uuid
+
+import grpc
+from google.protobuf import descriptor_pool, message_factory
+from google.rpc import error_details_pb2
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
+
+SERVICE = "users.v1.UserService"
+
+channel = grpc.insecure_channel(sys.argv[1])
+database = ProtoReflectionDescriptorDatabase(channel)
+pool = descriptor_pool.DescriptorPool(database)
+service = pool.FindServiceByName(SERVICE)
+
+
+def call(rpc, timeout_s=10, **fields):
+    """Calls an rpc with the fields of its request."""
+    method = service.FindMethodByName(rpc)
+    request = message_factory.GetMessageClass(method.input_type)(**fields)
+    stub = channel.unary_unary(
+        f"/{SERVICE}/{rpc}",
+        request_serializer=lambda message: message.SerializeToString(),
+        response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
+    )
+    return stub(request, timeout=timeout_s)
+
+
+def refused(code, reason, rpc, **fields):
+    """Calls an rpc that fails, and returns the details of the failure."""
+    try:
+        answer = call(rpc, **fields)
+    except grpc.RpcError as error:
+        assert error.code() == code, error
+        details = {}
+        for packed in rpc_status.from_call(error).details:
+            name = packed.TypeName().removeprefix("google.rpc.")
+            details[name] = getattr(error_details_pb2, name)()
+            assert packed.Unpack(details[name])
+        assert details["ErrorInfo"].reason == reason, details
+        assert details["ErrorInfo"].domain == "users.v1"
+        return details
+    raise AssertionError(f"{rpc} was not refused: {answer}")
+
+
+assert SERVICE in database.get_services()
+assert "google.rpc" in pool.FindMessageTypeByName("google.rpc.BadRequest").full_name
+
+# Born, twice the same request.
+request_id = str(uuid.uuid4())
+alice = dict(username="zqzqAlice", email="zqzqalice@example.com", display_name="Alice")
+user = call("CreateUser", user=alice, request_id=request_id).user
+assert user.revision == 1 and user.create_time.seconds > 0
+assert call("CreateUser", user=alice, request_id=request_id).user == user
+
+# Refused, with all that is wrong.
+details = refused(grpc.StatusCode.INVALID_ARGUMENT, "USERNAME_INVALID", "CreateUser", user=dict(username="x", email="x"))
+violations = [(v.field, v.reason) for v in details["BadRequest"].field_violations]
+assert violations == [("user.username", "USERNAME_INVALID"), ("user.email", "EMAIL_INVALID")], violations
+refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "CreateUser", user=dict(alice, username="ZQZQALICE"))
+
+# Found, and not sent again.
+assert call("GetUser", username="zqzqALICE").user == user
+assert call("GetUser", id=user.id, if_revision_not=1).not_modified
+assert not call("CheckUsername", username="zqzqalice").available
+
+# Changed, unless somebody else was faster.
+user = call("UpdateUser", user=dict(id=user.id, display_name="A.", revision=1), update_mask=dict(paths=["display_name"])).user
+assert (user.revision, user.display_name) == (2, "A.")
+details = refused(grpc.StatusCode.ABORTED, "REVISION_MISMATCH", "UpdateUser", user=dict(id=user.id, display_name="B.", revision=1))
+assert details["ErrorInfo"].metadata["current_revision"] == "2"
+
+# Listed, page by page.
+for name in ("zqzqbob", "zqzqeve"):
+    call("CreateUser", user=dict(username=name, email=f"{name}@example.com"))
+page = call("ListUsers", page_size=2, order_by="ORDER_BY_USERNAME_ASC")
+rest = call("ListUsers", page_size=2, order_by="ORDER_BY_USERNAME_ASC", page_token=page.next_page_token)
+assert [u.username for u in [*page.users, *rest.users]] == ["zqzqAlice", "zqzqbob", "zqzqeve"]
+refused(grpc.StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID", "ListUsers", page_token=page.next_page_token)
+
+# Deleted, brought back, erased.
+assert call("DeleteUser", id=user.id).user.HasField("delete_time")
+refused(grpc.StatusCode.FAILED_PRECONDITION, "USER_DELETED", "DeleteUser", id=user.id)
+assert call("UndeleteUser", id=user.id).user.revision == 4
+assert call("ExpungeUser", id=user.id).user_id == user.id
+details = refused(grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND", "GetUser", id=user.id)
+assert details["ResourceInfo"].resource_name == user.id
+
+print("a whole life")
