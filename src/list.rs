@@ -7,7 +7,7 @@ use crate::{
     error::{Access, Error},
     page::{Key, Order, Page, Position, watch_token},
     pb,
-    users::{column, user_columns, user_from_row},
+    users::{CREATE_TIME, EXTRA, ID, column, user_columns, user_from_row},
 };
 
 /// Every statement of this file, for preparation.
@@ -133,8 +133,8 @@ async fn walk(db: &Db, page: &Page) -> Result<Vec<Row>, Error> {
 /// Where a user stands in the order.
 fn position(row: &Row, order: Order) -> Result<Position, Error> {
     let key = match order {
-        Order::CreateTimeDesc | Order::CreateTimeAsc => Key::Time(column(row, 4)?),
-        Order::UsernameAsc => Key::Username(column(row, 9)?),
+        Order::CreateTimeDesc | Order::CreateTimeAsc => Key::Time(column(row, CREATE_TIME)?),
+        Order::UsernameAsc => Key::Username(column(row, EXTRA)?),
     };
-    Ok(Position { key, id: column(row, 0)? })
+    Ok(Position { key, id: column(row, ID)? })
 }

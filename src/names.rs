@@ -215,3 +215,180 @@ pub fn check_display_name(text: &str) -> Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key(typed: &str) -> Option<String> {
+        Username::parse(typed).ok().map(|username| username.key)
+    }
+
+    #[test]
+    fn usernames_have_the_keys_of_rfc_8265_or_are_refused() {
+        let taken = [
+            ("abc", "abc"),
+            ("ABC", "abc"),
+            ("a.b_c-d", "a.b_c-d"),
+            ("user1", "user1"),
+            ("1st", "1st"),
+            ("J\u{fc}rgen", "j\u{fc}rgen"),
+            ("Ju\u{308}rgen", "j\u{fc}rgen"),
+            ("\u{ff21}\u{ff22}\u{ff23}", "abc"),
+            ("\u{418}\u{432}\u{430}\u{43d}", "\u{438}\u{432}\u{430}\u{43d}"),
+            ("\u{5d0}\u{5d1}\u{5d2}", "\u{5d0}\u{5d1}\u{5d2}"),
+            ("\u{645}\u{62d}\u{645}\u{62f}", "\u{645}\u{62d}\u{645}\u{62f}"),
+            // Han, Hiragana and Katakana are one script to UTS #39, as are Hangul and Han.
+            ("\u{5c71}\u{7530}\u{3055}\u{3093}\u{30bf}", "\u{5c71}\u{7530}\u{3055}\u{3093}\u{30bf}"),
+            ("\u{ae40}\u{cca0}\u{5c71}", "\u{ae40}\u{cca0}\u{5c71}"),
+            // Devanagari needs marks.
+            ("\u{930}\u{93e}\u{91c}\u{942}", "\u{930}\u{93e}\u{91c}\u{942}"),
+            ("stra\u{df}e", "stra\u{df}e"),
+        ];
+        for (typed, expected) in taken {
+            assert_eq!(key(typed).as_deref(), Some(expected), "{typed}");
+        }
+        let refused = [
+            "",
+            "ab",
+            "a b",
+            "a@b",
+            "abc\0",
+            "abc\n",
+            ".abc",
+            "abc-",
+            "_ab",
+            "123",
+            "1.2",
+            "a\u{301}",
+            "---",
+            "p\u{430}ypal",
+            "\u{3b1}bc",
+            "\u{1f600}\u{1f600}\u{1f600}",
+            "a\u{200d}bc",
+            "a\u{200b}bc",
+            "ab\u{ad}c",
+            "\u{202e}abc",
+            "a\u{b7}bc",
+            "\u{2160}\u{2161}\u{2162}",
+            "abc\u{2126}\u{212a}",
+            "abc\u{fb01}",
+            "6f0f7a1e-1111-4222-8333-944444444444",
+            "6F0F7A1E111142228333944444444444",
+        ];
+        for typed in refused {
+            assert_eq!(key(typed), None, "{typed:?}");
+        }
+        assert!(key(&"x".repeat(64)).is_some() && key(&"x".repeat(65)).is_none());
+        assert!(key(&"\u{438}".repeat(64)).is_some() && key(&"\u{438}".repeat(65)).is_none());
+    }
+
+    #[test]
+    fn emails_have_keys_or_are_refused() {
+        let taken = [
+            ("a@b", "a@b"),
+            ("Al.Ice+tag@Example.COM", "al.ice+tag@example.com"),
+            ("o'neil@example.com", "o'neil@example.com"),
+            ("J\u{dc}RGEN@b\u{fc}cher.example", "j\u{fc}rgen@xn--bcher-kva.example"),
+            ("ju\u{308}rgen@xn--bcher-kva.example", "j\u{fc}rgen@xn--bcher-kva.example"),
+        ];
+        for (typed, expected) in taken {
+            assert_eq!(Email::parse(typed).unwrap().key(), expected);
+        }
+        let refused = [
+            "",
+            "a",
+            "@",
+            "a@",
+            "@b",
+            "a@b@c",
+            "a b@c",
+            ".a@b",
+            "a.@b",
+            "a..b@c",
+            "\"a b\"@c",
+            "a@[127.0.0.1]",
+            "a@b..c",
+            "a@-b.c",
+            "a@b_c",
+            "a@b c",
+            "a@b\0",
+            "a\0@b",
+            "(c)a@b",
+            "a@b\u{202e}c",
+            "\u{202e}a@b",
+        ];
+        for typed in refused {
+            assert!(Email::parse(typed).is_err(), "{typed:?}");
+        }
+        let long = |local: usize, domain: usize| {
+            let labels = vec!["d".repeat(50); domain / 51 + 1].join(".");
+            format!("{}@{}", "l".repeat(local), labels.chars().take(domain).collect::<String>())
+        };
+        assert!(Email::parse(&long(64, 100)).is_ok() && Email::parse(&long(65, 100)).is_err());
+        assert!(Email::parse(&long(64, 189)).is_ok() && Email::parse(&long(64, 190)).is_err());
+    }
+
+    #[test]
+    fn a_prefix_selects_the_keys_that_start_with_its_own() {
+        let selects = |prefix: &str, key: &str| {
+            let range = KeyRange::of_prefix(prefix).unwrap();
+            range.from.as_str() <= key && key < range.to.as_str()
+        };
+        assert!(selects("AB", "ab") && selects("ab", "abc") && selects("ab", "ab\u{10fffd}"));
+        assert!(!selects("ab", "aa\u{10fffd}") && !selects("ab", "ac") && !selects("ab", "a"));
+        assert!(selects("\u{d7ff}", "\u{d7ff}x") && !selects("\u{d7ff}", "\u{e000}"));
+    }
+
+    #[test]
+    fn display_names_may_be_any_printable_text() {
+        for text in
+            ["", "Alice", "\u{1f469}\u{200d}\u{1f4bb}", "\u{5d0} a", "<b>", "' --", &"\u{1f600}".repeat(100)]
+        {
+            assert_eq!(check_display_name(text), Ok(()), "{text:?}");
+        }
+        for text in ["\0", "a\nb", "\u{202e}", "\u{2067}", "\u{2028}", "\u{feff}", "\u{85}", &"x".repeat(101)]
+        {
+            assert!(check_display_name(text).is_err(), "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_makes_a_parser_panic(text in any::<String>()) {
+            let _ = (key(&text), Email::parse(&text), KeyRange::of_prefix(&text), check_display_name(&text));
+        }
+
+        /// A user is found by the key as well as by the name, and by the name as
+        /// other people type it.
+        #[test]
+        fn a_key_is_its_own_key(text in "[\\p{L}\\p{M}\\p{Nd}._-]{3,12}") {
+            if let Some(once) = key(&text) {
+                prop_assert_eq!(key(&once), (once.chars().count() <= USERNAME_MAX_LEN).then_some(once));
+            }
+        }
+
+        #[test]
+        fn case_makes_no_other_user(text in "[a-zA-Z0-9._-]{3,64}") {
+            prop_assert_eq!(key(&text), key(&text.to_uppercase()));
+            prop_assert_eq!(key(&text), key(&text.to_lowercase()));
+        }
+
+        /// The loop for ASCII and the profile are one rule.
+        #[test]
+        fn ascii_names_have_the_key_that_the_profile_gives(text in "[a-zA-Z0-9._-]{3,64}") {
+            prop_assert_eq!(unicode_key(&text), Ok(text.to_ascii_lowercase()));
+        }
+
+        #[test]
+        fn a_name_is_in_the_range_of_each_of_its_prefixes(text in "[\\p{L}\\p{Nd}]{3,12}", len in 1_usize..12) {
+            if let Some(key) = key(&text) {
+                let prefix: String = key.chars().take(len).collect();
+                let range = KeyRange::of_prefix(&prefix).unwrap();
+                prop_assert!(range.from <= key && key < range.to, "{:?} {:?}", range, key);
+            }
+        }
+    }
+}

@@ -283,3 +283,48 @@ impl Drop for CallRecord {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::StatusExt;
+
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_as_the_protocol_says() {
+        let read = [
+            ("1H", Duration::from_secs(3600)),
+            ("2M", Duration::from_secs(120)),
+            ("3S", Duration::from_secs(3)),
+            ("4m", Duration::from_millis(4)),
+            ("5u", Duration::from_micros(5)),
+            ("6n", Duration::from_nanos(6)),
+            ("0S", Duration::ZERO),
+            ("99999999H", Duration::from_secs(99_999_999 * 3600)),
+        ];
+        for (text, duration) in read {
+            assert_eq!(parse_timeout(text), Some(duration), "{text}");
+        }
+        for text in ["", "S", "1", "1s", "-1S", "+1S", "1.5S", " 1S", "100000000S", "1\u{fc}", "\u{fc}"] {
+            assert_eq!(parse_timeout(text), None, "{text:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_one_call_and_says_nothing_of_its_cause() {
+        let service = tower::service_fn(|request: Request<Body>| async move {
+            assert!(request.uri().path() != "/test/panic", "a secret");
+            Ok::<_, Infallible>(Response::new(Body::default()))
+        });
+        let services = Services([("test", BoxCloneSyncService::new(service))].into());
+        let ask = |path| {
+            let request = Request::post(path).body(Body::default()).unwrap();
+            answer(services.clone(), request, Duration::from_secs(1))
+        };
+        let response = ask("/test/panic").await;
+        let status = Status::from_header_map(response.headers()).unwrap();
+        assert_eq!((status.code(), status.message()), (Code::Internal, "internal error"));
+        assert_eq!(status.get_error_details().error_info().unwrap().reason, "INTERNAL");
+        assert_eq!(status_of(&ask("/test/fine").await), Code::Ok);
+    }
+}

@@ -28,18 +28,20 @@ macro_rules! user_columns {
 }
 pub(crate) use user_columns;
 
-/// The columns behind them: what a statement says about the user.
-const EXTRA: usize = 9;
+pub(crate) const ID: usize = 0;
+pub(crate) const CREATE_TIME: usize = 4;
+/// The first column behind them: what a statement says about the user.
+pub(crate) const EXTRA: usize = 9;
 
 /// The one way from a row to a user.
 pub(crate) fn user_from_row(row: &Row) -> Result<pb::User, Error> {
     let read = || {
         Ok::<_, tokio_postgres::Error>(pb::User {
-            id: row.try_get::<_, Uuid>(0)?.to_string(),
+            id: row.try_get::<_, Uuid>(ID)?.to_string(),
             username: row.try_get(1)?,
             email: row.try_get(2)?,
             display_name: row.try_get(3)?,
-            create_time: Some(row.try_get::<_, SystemTime>(4)?.into()),
+            create_time: Some(row.try_get::<_, SystemTime>(CREATE_TIME)?.into()),
             update_time: Some(row.try_get::<_, SystemTime>(5)?.into()),
             delete_time: row.try_get::<_, Option<SystemTime>>(6)?.map(Into::into),
             purge_time: row.try_get::<_, Option<SystemTime>>(7)?.map(Into::into),
@@ -468,7 +470,7 @@ async fn replay(db: &Db, request_id: &RequestId) -> Result<Option<Replay>, Error
     }
     let rows = db.run(Access::Read, REPLAY, &[&request_id.id, &request_id.fingerprint]).await?;
     let Some(row) = rows.first() else { return Ok(None) };
-    let id: Option<Uuid> = column(row, 0)?;
+    let id: Option<Uuid> = column(row, ID)?;
     let replay = Replay {
         user: id.map(|_| user_from_row(row)).transpose()?,
         user_id: column(row, EXTRA)?,
