@@ -12,8 +12,8 @@ WORKDIR /build
 # than the stubs' artefacts, and cargo would then take those for up to date.
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir -p src tests/it \
-    && touch src/lib.rs \
-    && for file in build.rs src/main.rs tests/it/main.rs; do echo 'fn main() {}' >"$file"; done \
+    && echo '//! A stub.' | tee src/lib.rs build.rs src/main.rs tests/it/main.rs \
+    && echo 'fn main() {}' | tee -a build.rs src/main.rs tests/it/main.rs \
     && cargo build --release --locked \
     && cargo clean --release --locked --package user-service
 

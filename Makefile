@@ -23,7 +23,7 @@ test: postgres $(BUF) $(PYTHON) ## Run all tests
 lint: $(BUF) $(CARGO_DENY) ## Check formatting, code, protos, and dependencies' licences
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked --quiet
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked --quiet
 	$(BUF) lint
 	$(BUF) format --diff --exit-code
 	$(CARGO_DENY) check licenses bans sources

@@ -1,5 +1,7 @@
 //! Compiles the protos, without protoc, and keeps the descriptors for reflection.
 
+#![expect(clippy::disallowed_methods, reason = "cargo talks to build scripts by the environment")]
+
 use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;

@@ -10,7 +10,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 pub const DOMAIN: &str = "users.v1";
 
 /// The reasons why a field is refused; those of whole calls stand in
-/// [`Error::parts`].
+/// `Error::parts`.
 pub mod reason {
     #![allow(missing_docs)]
     pub const FIELD_REQUIRED: &str = "FIELD_REQUIRED";
