@@ -5,8 +5,9 @@ create table requests (
 
     -- A hash of the request's content, to refuse the same id with other content.
     -- It is made with the user's fingerprint_salt, so that it says nothing about
-    -- an erased user. Requests that contain no more than ids are hashed without.
+    -- an erased user; without it only where the content is no more than ids.
     fingerprint bytea not null,
+    is_salted boolean not null,
 
     -- The user that the request was about. Not a foreign key: the row outlives
     -- the user, so that a retry does not bring an erased user back.

@@ -9,20 +9,27 @@ use tokio::{
     task::JoinSet,
     time,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
 use tower::util::BoxCloneSyncService;
 
 use crate::{
-    config::Config,
+    config::{Config, Grouping},
     db::{self, Db},
     embedded::Embedded,
-    health, list, pb, purge,
-    server::{self, Services},
+    group::Limits,
+    grouped, health, list, pb, purge,
+    server::{self, NamedService, Services},
     service::Users,
     telemetry::describe,
     users,
 };
+
+/// Statements under way at once for each of the rpcs that are grouped. With more,
+/// groups are smaller, and all of them wait for the same two or three cores.
+const LANES: usize = 2;
+/// Calls in one statement, at most.
+const GROUP_SIZE: usize = 128;
 
 /// Between two attempts to reach a database that is not there yet.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
@@ -39,8 +46,9 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
 
     let (db, abandoned) = Db::new(&config, postgres.clone(), &statements())?;
     let db = Arc::new(db);
-    let mut reporter = health::reporter().await;
-    let services = services(Users::new(Arc::clone(&db)), &reporter)?;
+    let reporter = health::reporter().await;
+    let lanes = TaskTracker::new();
+    let services = services(Users::new(Arc::clone(&db), group_limits(&config), &lanes), &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
     let mut tasks = JoinSet::new();
@@ -49,7 +57,12 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         let purge_interval = Duration::from_millis(config.purge_interval_ms);
         async move {
             prepare(&postgres, &db).await?;
-            tokio::join!(health::watch_database(&db, &reporter), purge::run(&db, purge_interval));
+            tokio::join!(
+                health::watch_database(&postgres, &reporter),
+                db.warm(),
+                db.retire_connections(),
+                purge::run(&db, purge_interval),
+            );
             Ok(())
         }
     });
@@ -63,7 +76,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     });
     tracing::info!(%addr, "listening");
 
-    let result = tokio::select! {
+    let mut result = tokio::select! {
         name = signals.next() => {
             tracing::info!(signal = name, "stopping");
             Ok(())
@@ -81,13 +94,15 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         tokio::select! { () = time::sleep(delay) => {}, _ = signals.next() => {} }
     }
     stop_server.cancel();
-    health::end_watches(&mut reporter).await;
     while server.join_next().await.is_some() {}
+    lanes.close();
+    lanes.wait().await;
     db.close();
     drop(db);
     while canceller.join_next().await.is_some() {}
+    // Each call that was cut off ends with its connection, and frees the database.
     if let Some(embedded) = embedded {
-        embedded.stop().await?;
+        result = result.and(embedded.stop().await);
     }
     tracing::info!("stopped");
     result
@@ -97,10 +112,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
 pub async fn migrate(config: Config) -> anyhow::Result<()> {
     let (embedded, postgres) = open(&config).await?;
     let result = db::migrate(&postgres).await;
-    if let Some(embedded) = embedded {
-        embedded.stop().await?;
+    match embedded {
+        Some(embedded) => result.and(embedded.stop().await),
+        None => result,
     }
-    result
 }
 
 /// The database of `DATABASE_URL`, or the private one.
@@ -121,7 +136,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     loop {
         let Err(error) = async {
             db::migrate(postgres).await?;
-            db.warm().await
+            db.open().await
         }
         .await
         else {
@@ -140,8 +155,20 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     }
 }
 
+fn group_limits(config: &Config) -> Limits {
+    Limits {
+        lanes: match config.grouping {
+            Grouping::On => LANES,
+            Grouping::Off => usize::MAX,
+        },
+        size: GROUP_SIZE,
+        waiting: config.max_waiting_calls,
+        timeout: Duration::from_millis(config.call_timeout_ms),
+    }
+}
+
 fn statements() -> Vec<&'static str> {
-    [users::STATEMENTS, list::STATEMENTS, purge::STATEMENTS, &[db::IS_WRITABLE]].concat()
+    [users::STATEMENTS, grouped::STATEMENTS, list::STATEMENTS, purge::STATEMENTS].concat()
 }
 
 fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Services> {
@@ -152,24 +179,30 @@ fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Services>
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
-    Ok(Services(
-        [
-            (
-                pb::user_service_server::SERVICE_NAME,
-                BoxCloneSyncService::new(pb::user_service_server::UserServiceServer::new(users)),
-            ),
-            (
-                tonic_health::pb::health_server::SERVICE_NAME,
-                BoxCloneSyncService::new(tonic_health::pb::health_server::HealthServer::new(health)),
-            ),
-            ("grpc.reflection.v1.ServerReflection", BoxCloneSyncService::new(reflection().build_v1()?)),
-            (
-                "grpc.reflection.v1alpha.ServerReflection",
-                BoxCloneSyncService::new(reflection().build_v1alpha()?),
-            ),
-        ]
-        .into(),
-    ))
+    let named = |name, service, has_streams| NamedService { name, service, has_streams };
+    let services = [
+        named(
+            pb::user_service_server::SERVICE_NAME,
+            BoxCloneSyncService::new(pb::user_service_server::UserServiceServer::new(users)),
+            false,
+        ),
+        named(
+            tonic_health::pb::health_server::SERVICE_NAME,
+            BoxCloneSyncService::new(tonic_health::pb::health_server::HealthServer::new(health)),
+            true,
+        ),
+        named(
+            "grpc.reflection.v1.ServerReflection",
+            BoxCloneSyncService::new(reflection().build_v1()?),
+            true,
+        ),
+        named(
+            "grpc.reflection.v1alpha.ServerReflection",
+            BoxCloneSyncService::new(reflection().build_v1alpha()?),
+            true,
+        ),
+    ];
+    Ok(Services(services.into()))
 }
 
 /// Starts a task that ends with an error, or when it is told to stop.

@@ -14,6 +14,7 @@ use clap::{
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use tokio_postgres::config::SslMode;
+use tracing_subscriber::EnvFilter;
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -63,7 +64,7 @@ pub struct Config {
     pub data_dir: Option<PathBuf>,
 
     /// Connections to PostgreSQL, at most.
-    #[arg(long, env, global = true, default_value_t = 10, value_parser = range::<usize>(1, 1_000))]
+    #[arg(long, env, global = true, default_value_t = 10, value_parser = range::<usize>(1, 200))]
     pub pool_size: usize,
 
     /// How long a call waits for a connection before it is refused.
@@ -104,13 +105,27 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 60_000, value_parser = range::<u64>(10, 86_400_000))]
     pub purge_interval_ms: u64,
 
+    /// Whether calls that wait for the same kind of statement share one. Off only
+    /// to compare: the answers are the same.
+    #[arg(long, env, global = true, default_value = "on")]
+    pub grouping: Grouping,
+
     /// What to log: a level, or `target=level` pairs. SQL is logged at debug.
-    #[arg(long, env, global = true, default_value = "info")]
+    #[arg(long, env, global = true, default_value = "info", value_parser = parse_log_filter)]
     pub rust_log: String,
 
     /// How to log [default: text on a terminal, else json]
     #[arg(long, env, global = true)]
     pub log_format: Option<LogFormat>,
+}
+
+/// Whether calls are grouped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Grouping {
+    /// They are.
+    On,
+    /// Each runs alone.
+    Off,
 }
 
 /// How to log.
@@ -208,7 +223,15 @@ where
     RangedU64ValueParser::new().range(min..=max)
 }
 
+/// Checks it; whoever logs parses it again, since a filter cannot be cloned.
+fn parse_log_filter(text: &str) -> Result<String, String> {
+    EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|error| error.to_string())
+}
+
 fn parse_database_url(text: &str) -> Result<tokio_postgres::Config, String> {
+    if text.is_empty() {
+        return Err("is empty; unset it to use a private PostgreSQL".into());
+    }
     let config: tokio_postgres::Config = text.parse().map_err(|error: tokio_postgres::Error| {
         // The cause says which part; the value stays out of it.
         std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string)

@@ -2,6 +2,7 @@
 //! migrations.
 
 use std::{
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,7 +18,7 @@ use deadpool_postgres::{
 use futures_util::{StreamExt, future, stream};
 use tokio::{sync::mpsc, time};
 use tokio_postgres::{
-    NoTls, Row,
+    Client, NoTls, Row,
     error::{DbError, SqlState},
     types::ToSql,
 };
@@ -35,6 +36,8 @@ const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection is replaced when it is this old, so that connections spread over
 /// what stands behind the address, and a backend's memory does not only grow.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
+/// How often to look for such.
+const RETIRE_INTERVAL: Duration = Duration::from_secs(60);
 /// Whoever waits longer for a table lock in a migration stands in the way of all.
 pub const MIGRATION_LOCK_TIMEOUT_MS: u32 = 5_000;
 /// How often a replica looks whether another one has finished migrating.
@@ -55,8 +58,6 @@ pub struct Db {
     abandoned: mpsc::UnboundedSender<Object>,
     /// Set once the schema is there; calls that come earlier are refused.
     is_migrated: AtomicBool,
-    /// Set by every statement that PostgreSQL answered.
-    has_answered: AtomicBool,
 }
 
 /// What [`cancel_abandoned`] works on.
@@ -64,8 +65,8 @@ pub type Abandoned = mpsc::UnboundedReceiver<Object>;
 
 impl Db {
     /// A pool, without any connection yet. Every connection prepares
-    /// `statements` before it is used, so that no call pays for it, and a
-    /// statement that does not fit the schema is found at the start.
+    /// `statements` when it is opened, so that a statement that does not fit the
+    /// schema is found at the start.
     pub fn new(
         config: &Config,
         postgres: tokio_postgres::Config,
@@ -102,7 +103,6 @@ impl Db {
             max_waiting: config.max_waiting_calls,
             abandoned,
             is_migrated: AtomicBool::new(false),
-            has_answered: AtomicBool::new(false),
         };
         Ok((db, receiver))
     }
@@ -159,40 +159,26 @@ impl Db {
         self.connection().await
     }
 
-    /// Opens the first connection; an error is an error of the start.
-    pub async fn warm(&self) -> anyhow::Result<()> {
-        let object = self.pool.get().await?;
-        drop(object);
+    /// Opens a connection, which finds out whether the statements fit the schema;
+    /// from then on, calls are let through.
+    pub async fn open(&self) -> anyhow::Result<()> {
+        drop(self.pool.get().await?);
         self.is_migrated.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Whether PostgreSQL answered lately, and can write. It is asked only if no
-    /// call has found out already.
-    pub async fn is_answering(&self, timeout: Duration) -> bool {
-        if self.has_answered.swap(false, Ordering::Relaxed) {
-            return true;
-        }
-        let probe = async {
-            let object = self.pool.get().await?;
-            let statement = object.prepare_cached(IS_WRITABLE).await?;
-            let is_writable: bool = object.query_one(&statement, &[]).await?.try_get(0)?;
-            anyhow::ensure!(is_writable, "it is a standby");
-            Ok(())
-        };
-        match time::timeout(timeout, probe).await {
-            Ok(Ok(())) => true,
-            Ok(Err(error)) => {
-                tracing::debug!(error = describe(error.as_ref()), "the database does not answer");
-                false
-            }
-            Err(_) => false,
-        }
+    /// Opens the other connections, so that no call has to.
+    pub async fn warm(&self) {
+        let opened = future::join_all((0..self.pool.status().max_size).map(|_| self.pool.get())).await;
+        tracing::debug!(connections = opened.iter().flatten().count(), "warm");
     }
 
-    /// Closes connections that are too old, unless they are in use.
-    pub fn retire_connections(&self) {
-        self.pool.retain(|_, metrics| metrics.age() < MAX_CONNECTION_AGE);
+    /// Closes connections that are too old, when they are idle; for ever.
+    pub async fn retire_connections(&self) {
+        loop {
+            time::sleep(RETIRE_INTERVAL).await;
+            self.pool.retain(|_, metrics| metrics.age() < MAX_CONNECTION_AGE);
+        }
     }
 
     /// Closes the pool: idle connections now, others when they come back.
@@ -200,9 +186,6 @@ impl Db {
         self.pool.close();
     }
 }
-
-/// Whether this server accepts writes, which a standby does not.
-pub const IS_WRITABLE: &str = "select not pg_is_in_recovery()";
 
 /// A connection on loan. If the call goes away while its statement runs, the
 /// connection is not given to anybody until PostgreSQL has cancelled it.
@@ -242,10 +225,7 @@ impl Connection<'_> {
     ) -> Result<Vec<Row>, Error> {
         self.is_idle = true;
         let error = match result {
-            Ok(rows) => {
-                self.db.has_answered.store(true, Ordering::Relaxed);
-                return Ok(rows);
-            }
+            Ok(rows) => return Ok(rows),
             Err(error) => error,
         };
         if !is_reusable(&error) {
@@ -336,13 +316,31 @@ pub fn with_timeouts(mut postgres: tokio_postgres::Config) -> tokio_postgres::Co
 }
 
 /// Whether waiting may cure what went wrong at the start: the server is not there
-/// yet, is busy, or somebody holds a lock. Anything else that it says is final,
-/// such as a wrong password or a migration that fails.
+/// yet, is busy, is becoming the primary, or somebody holds a lock. Anything else is
+/// final, such as a wrong password or a migration that fails.
 pub fn is_transient(error: &anyhow::Error) -> bool {
-    let states = error.chain().filter_map(|cause| cause.downcast_ref::<DbError>()).map(DbError::code);
-    states.into_iter().all(|state| {
-        is_connection_lost(state) || state.code().starts_with("53") || *state == SqlState::LOCK_NOT_AVAILABLE
+    error.chain().any(|cause| {
+        if let Some(db) = cause.downcast_ref::<DbError>() {
+            let state = db.code();
+            return is_connection_lost(state)
+                || state.code().starts_with("53")
+                || [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED].contains(state)
+                || *state == SqlState::READ_ONLY_SQL_TRANSACTION;
+        }
+        cause.is::<io::Error>()
+            || cause.is::<time::error::Elapsed>()
+            || cause.downcast_ref::<tokio_postgres::Error>().is_some_and(tokio_postgres::Error::is_closed)
+            || matches!(cause.downcast_ref::<PoolError>(), Some(PoolError::Timeout(_)))
     })
+}
+
+/// A connection beside the pool, and the task that drives it, which is the
+/// caller's to run.
+pub async fn connect(
+    postgres: &tokio_postgres::Config,
+) -> anyhow::Result<(Client, impl Future<Output = ()>)> {
+    let (client, connection) = time::timeout(CONNECT_TIMEOUT, postgres.connect(NoTls)).await??;
+    Ok((client, async { drop(connection.await) }))
 }
 
 fn micros(duration: Duration) -> u64 {
@@ -360,8 +358,8 @@ mod embedded_migrations {
 /// index concurrently` in another would wait for. A schema that is newer than
 /// this binary is left alone: that is a rolling upgrade.
 pub async fn migrate(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
-    let (lock, lock_connection) = postgres.connect(NoTls).await?;
-    let (mut client, connection) = postgres.connect(NoTls).await?;
+    let (lock, lock_connection) = connect(postgres).await?;
+    let (mut client, connection) = connect(postgres).await?;
     let run = async {
         while !lock.query_one("select pg_try_advisory_lock($1)", &[&MIGRATION_LOCK]).await?.try_get(0)? {
             time::sleep(MIGRATION_POLL).await;

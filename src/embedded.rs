@@ -29,16 +29,25 @@ const BIN_DIRS: [(&str, &str); 4] = [
     ("/usr/local/opt", "bin"),
 ];
 
+/// The port, which names the socket; `PGPORT` must have no say in it.
+const PORT: u16 = 5432;
+
+/// The oldest version that has what the service uses.
+const MIN_MAJOR: u32 = 14;
+
 /// What this PostgreSQL is told at each start. It speaks to nobody but those who
-/// can enter its directory.
+/// can enter its directory, and its log is terse, because the details of an error
+/// repeat values.
 fn settings(socket_dir: &Path) -> String {
     let socket_dir = socket_dir.to_string_lossy().replace('\'', "''");
     format!(
         "# Written at every start by user-service.
 listen_addresses = ''
+port = {PORT}
 unix_socket_directories = '{socket_dir}'
 unix_socket_permissions = 0700
-max_connections = 200
+max_connections = 300
+log_error_verbosity = terse
 log_timezone = UTC
 "
     )
@@ -61,6 +70,14 @@ impl Embedded {
         let user = if geteuid().is_root() { Some(unprivileged_user()?) } else { None };
         fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
+        // Its owner and permissions are about to change.
+        let is_ours = dir.join("lock").exists() || dir.join("data").exists();
+        if !is_ours && fs::read_dir(&dir)?.next().is_some() {
+            bail!(
+                "{} has other things in it: set DATA_DIR to a directory for PostgreSQL alone",
+                dir.display()
+            );
+        }
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
         let lock = fs::File::create(dir.join("lock"))?;
         if lock.try_lock().is_err() {
@@ -109,7 +126,7 @@ impl Embedded {
     /// How to connect to it.
     pub fn config(&self) -> tokio_postgres::Config {
         let mut config = tokio_postgres::Config::new();
-        config.host_path(&self.dir).user("postgres").dbname("postgres");
+        config.host_path(&self.dir).port(PORT).user("postgres").dbname("postgres");
         config
     }
 
@@ -159,12 +176,12 @@ async fn find_binaries(version: Option<&str>) -> anyhow::Result<PathBuf> {
         // Client packages have some of the programs, but not this one.
         let Ok(output) = Command::new(dir.join("initdb")).arg("--version").output().await else { continue };
         let Some(major) = major_version(&String::from_utf8_lossy(&output.stdout)) else { continue };
-        let is_wanted = version.is_none_or(|version| version == major.to_string());
+        let is_wanted = version.map_or(major >= MIN_MAJOR, |version| version == major.to_string());
         if is_wanted && newest.as_ref().is_none_or(|(best, _)| major > *best) {
             newest = Some((major, dir));
         }
     }
-    let version = version.unwrap_or("14 or later");
+    let version = version.map_or_else(|| format!("{MIN_MAJOR} or later"), str::to_owned);
     newest.map(|(_, dir)| dir).with_context(|| {
         format!(
             "no server binaries of PostgreSQL {version} on this machine: install them \

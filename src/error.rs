@@ -71,6 +71,8 @@ pub enum Error {
     DatabaseUnavailable,
     /// The connection broke while a change was being made.
     OutcomeUnknown,
+    /// The server stops, and with it a stream.
+    Stopping,
     /// The caller's deadline, or the server's limit, passed.
     DeadlineExceeded,
     /// A defect. The log has the cause.
@@ -188,6 +190,9 @@ impl Error {
                 "OUTCOME_UNKNOWN",
                 "the connection to the database broke: retry with the same request_id".into(),
             ),
+            Self::Stopping => {
+                (Code::Unavailable, "STOPPING", "this server stops: go on with another one".into())
+            }
             Self::DeadlineExceeded => {
                 (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline has passed".into())
             }
@@ -226,13 +231,18 @@ impl From<Error> for Status {
         }
         match error {
             Error::Invalid(violations) => {
-                details.set_bad_request(violations.into_iter().map(to_field_violation).collect::<Vec<_>>());
+                let list = violations.iter().map(|v| violation(&v.field, v.reason, &v.description));
+                details.set_bad_request(list.collect::<Vec<_>>());
             }
             Error::UsernameTaken { field } => {
-                details.add_bad_request_violation(field, "another user has this username");
+                details.set_bad_request([violation(field, reason, "another user has this username")]);
             }
             Error::UserIdTaken => {
-                details.add_bad_request_violation("user.id", "there is a user with this id already");
+                details.set_bad_request([violation(
+                    "user.id",
+                    reason,
+                    "there is a user with this id already",
+                )]);
             }
             Error::UserNotFound { name } => {
                 details.set_resource_info("users.v1.User", name, "", "there is no such user");
@@ -243,8 +253,8 @@ impl From<Error> for Status {
     }
 }
 
-fn to_field_violation(violation: Violation) -> FieldViolation {
-    let mut out = FieldViolation::new(violation.field, violation.description);
-    violation.reason.clone_into(&mut out.reason);
+fn violation(field: &str, reason: &str, description: &str) -> FieldViolation {
+    let mut out = FieldViolation::new(field, description);
+    reason.clone_into(&mut out.reason);
     out
 }

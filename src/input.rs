@@ -124,9 +124,9 @@ impl Create {
     /// Parses the request.
     pub fn parse(mut request: pb::CreateUserRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        let id = mem::take(&mut request.request_id);
+        let request_id = mem::take(&mut request.request_id);
         let validate_only = mem::take(&mut request.validate_only);
-        let request_id = fields.request_id("CreateUser", &id, &request);
+        let request_id = fields.request_id("CreateUser", &request_id, &request);
         let user = fields.user(request.user).and_then(|user| fields.new_user(user));
         let (request_id, user) = fields.finish(request_id.zip(user))?;
         Ok(Self { user, request_id, validate_only })
@@ -153,9 +153,9 @@ impl Update {
     /// at, and those that only a create needs matter only if it comes to that.
     pub fn parse(mut request: pb::UpdateUserRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        let id = mem::take(&mut request.request_id);
+        let request_id = mem::take(&mut request.request_id);
         let validate_only = mem::take(&mut request.validate_only);
-        let request_id = fields.request_id("UpdateUser", &id, &request);
+        let request_id = fields.request_id("UpdateUser", &request_id, &request);
         let mask = fields.update_mask(request.update_mask);
         let user = fields.user(request.user).unwrap_or_default();
         let expected_revision = fields.revision("user.revision", user.revision);
@@ -191,9 +191,9 @@ impl Delete {
     /// Parses the request.
     pub fn parse(mut request: pb::DeleteUserRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        let id = mem::take(&mut request.request_id);
+        let request_id = mem::take(&mut request.request_id);
         let validate_only = mem::take(&mut request.validate_only);
-        let request_id = fields.request_id("DeleteUser", &id, &request);
+        let request_id = fields.request_id("DeleteUser", &request_id, &request);
         let id = fields.id("id", &request.id);
         let revision = fields.revision("revision", request.revision);
         let ((id, expected_revision), request_id) = fields.finish(id.zip(revision).zip(request_id))?;
@@ -212,8 +212,8 @@ impl Undelete {
     /// Parses the request.
     pub fn parse(mut request: pb::UndeleteUserRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        let id = mem::take(&mut request.request_id);
-        let request_id = fields.request_id("UndeleteUser", &id, &request);
+        let request_id = mem::take(&mut request.request_id);
+        let request_id = fields.request_id("UndeleteUser", &request_id, &request);
         let id = fields.id("id", &request.id);
         let username = match request.username.as_str() {
             "" => None,
@@ -228,8 +228,8 @@ impl Expunge {
     /// Parses the request.
     pub fn parse(mut request: pb::ExpungeUserRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        let id = mem::take(&mut request.request_id);
-        let request_id = fields.request_id("ExpungeUser", &id, &request);
+        let request_id = mem::take(&mut request.request_id);
+        let request_id = fields.request_id("ExpungeUser", &request_id, &request);
         let id = fields.id("id", &request.id);
         let (id, request_id) = fields.finish(id.zip(request_id))?;
         Ok(Self { id, request_id })
@@ -419,17 +419,13 @@ impl Fields {
     fn selection(&mut self, order: Order, filter: pb::ListUsersFilter) -> Option<Selection> {
         let after = filter.create_time_after.map(|t| self.time("filter.create_time_after", t));
         let before = filter.create_time_before.map(|t| self.time("filter.create_time_before", t));
-        let email = match filter.email.as_str() {
-            "" => None,
-            email => Some(self.email("filter.email", email)?.key().to_owned()),
-        };
-        let prefix = match filter.username_prefix.as_str() {
-            "" => None,
-            prefix => match KeyRange::of_prefix(prefix) {
-                Ok(range) => Some(range),
-                Err(what) => return self.refuse("filter.username_prefix", reason::FIELD_INVALID, what),
-            },
-        };
+        let email = Some(filter.email.as_str()).filter(|email| !email.is_empty());
+        let email = email.map(|email| self.email("filter.email", email));
+        let prefix = Some(filter.username_prefix.as_str()).filter(|prefix| !prefix.is_empty());
+        let prefix = prefix.map(|prefix| {
+            KeyRange::of_prefix(prefix)
+                .map_or_else(|what| self.refuse("filter.username_prefix", reason::FIELD_INVALID, what), Some)
+        });
         let by_username = order == Order::UsernameAsc;
         if by_username && (email.is_some() || after.is_some() || before.is_some()) {
             let what = "the order by username goes with username_prefix and include_deleted only";
@@ -439,8 +435,12 @@ impl Fields {
             let what = "goes with the order by username only";
             return self.refuse("filter.username_prefix", reason::FILTER_UNSUPPORTED, what);
         }
+        let email_key = match email {
+            Some(email) => Some(email?.key().to_owned()),
+            None => None,
+        };
         let (from, to) = if by_username {
-            let range = prefix.unwrap_or_else(KeyRange::all);
+            let range = prefix.unwrap_or_else(|| Some(KeyRange::all()))?;
             (Key::Username(range.from), Key::Username(range.to))
         } else {
             // Columns have microseconds. Later than 1.5 µs is later than 1 µs,
@@ -455,7 +455,7 @@ impl Fields {
         let first_id = if by_username { Uuid::nil() } else { Uuid::max() };
         Some(Selection {
             order,
-            email_key: email,
+            email_key,
             include_deleted: filter.include_deleted,
             from: Position { key: from, id: first_id },
             to: Position { key: to, id: Uuid::nil() },

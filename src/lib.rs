@@ -6,6 +6,7 @@
 //! server.rs    call            connection, deadline, panic: the same for every rpc
 //!   service.rs   create_user   one function an rpc: parse, call, answer
 //!     input.rs     Create::parse  pure; all violations at once; types that cannot be wrong
+//!     group.rs     Group::run     alone, or together with calls that wait as well
 //!     users.rs     create         the statement stands above the function that runs it
 //!       db.rs        Db::run        a connection on loan, prepared, timed, given back or discarded
 //!     users.rs     user_from_row  the one way from a row to a pb::User
@@ -17,11 +18,12 @@
 //! |--|--|
 //! | `main.rs` | the command line: `serve`, `migrate`, `check` |
 //! | [`config`] | every setting; the only one that reads the environment |
-//! | [`app`] | wires, starts and stops; the only one that spawns, but for the connections of [`server`] |
+//! | [`app`] | wires, starts and stops; what [`server`] and [`group`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
 //! | [`service`] | the rpcs, a few lines each |
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
-//! | [`users`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
+//! | [`users`], [`grouped`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
+//! | [`group`] | the gathering of calls, whatever they are about |
 //! | [`db`] | the pool, what every statement goes through, the migrations |
 //! | [`embedded`] | the private PostgreSQL, when `DATABASE_URL` is unset |
 //! | [`error`] | what can go wrong, and the only place that picks a code for it |
@@ -33,7 +35,7 @@
 //!   together or not at all. Nothing is read first and written later.
 //! - What was acknowledged is committed. A call whose outcome is not known says so.
 //! - A statement whose caller has gone is cancelled, and its connection discarded.
-//! - Input is refused, never repaired; no refusal repeats a value.
+//! - Input is refused, never repaired; what a refusal says of it does not repeat it.
 //! - Personal data is in the table `users` and nowhere else: not in the change
 //!   log, not with request ids, not in any log line.
 //! - `pb::User` is the user. There is no other.
@@ -49,6 +51,8 @@ pub mod config;
 pub mod db;
 pub mod embedded;
 pub mod error;
+pub mod group;
+pub mod grouped;
 pub mod health;
 pub mod input;
 pub mod list;

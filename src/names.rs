@@ -198,20 +198,21 @@ fn is_atom(text: &str) -> bool {
     !text.is_empty() && text.chars().all(is_atext)
 }
 
-/// Checks a display name: any printable text. Refused are control characters,
-/// line and paragraph separators, and what reorders the text around it (bidi
-/// embeddings, overrides and isolates); joiners and variation selectors stay,
-/// as scripts and emoji need them.
+/// Checks a display name: any printable text. What Unicode counts as "other" is
+/// not: control and format characters, among them those that reorder the text
+/// around them, private use and unassigned code points. Joiners stay, as scripts
+/// and emoji need them.
 pub fn check_display_name(text: &str) -> Result<(), String> {
     if text.chars().nth(DISPLAY_NAME_MAX_LEN).is_some() {
         return Err(format!("must have at most {DISPLAY_NAME_MAX_LEN} code points"));
     }
-    let is_hidden = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    let is_printable = |c: char| match c.general_category_group() {
+        GeneralCategoryGroup::Other => matches!(c, '\u{200c}' | '\u{200d}'),
+        GeneralCategoryGroup::Separator => c.general_category() == GeneralCategory::SpaceSeparator,
+        _ => true,
     };
-    if text.contains(is_hidden) {
-        return Err("must not have control characters, line breaks or bidi controls".into());
+    if !text.chars().all(is_printable) {
+        return Err("must be printable text, without control characters and line breaks".into());
     }
     Ok(())
 }
@@ -349,8 +350,19 @@ mod tests {
         {
             assert_eq!(check_display_name(text), Ok(()), "{text:?}");
         }
-        for text in ["\0", "a\nb", "\u{202e}", "\u{2067}", "\u{2028}", "\u{feff}", "\u{85}", &"x".repeat(101)]
-        {
+        for text in [
+            "\0",
+            "a\nb",
+            "\u{202e}",
+            "\u{2067}",
+            "\u{2028}",
+            "\u{feff}",
+            "\u{85}",
+            "\u{200b}",
+            "\u{e000}",
+            "\u{fffe}",
+            &"x".repeat(101),
+        ] {
             assert!(check_display_name(text).is_err(), "{text:?}");
         }
     }

@@ -168,6 +168,13 @@ pub fn watch_token(system_identifier: i64, snapshot: &str) -> String {
     seal(b"watch", format!("{system_identifier} {snapshot}").as_bytes())
 }
 
+/// The cluster and the snapshot that a watch token was made of.
+pub fn open_watch_token(token: &str) -> Option<(i64, String)> {
+    let text = String::from_utf8(open(b"watch", token)?).ok()?;
+    let (system_identifier, snapshot) = text.split_once(' ')?;
+    Some((system_identifier.parse().ok()?, snapshot.to_owned()))
+}
+
 /// Octets of a seal. It guards against accidents, such as a token cut short or
 /// used with another list. A forged one gives away nothing: it can only point
 /// at another place in a list that its owner may read anyway.

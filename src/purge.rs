@@ -69,7 +69,6 @@ pub async fn run(db: &Db, interval: Duration) {
                 Err(error) => tracing::debug!(what, ?error, "not purged"),
             }
         }
-        db.retire_connections();
     }
 }
 

@@ -12,9 +12,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::FutureExt;
+use futures_util::{FutureExt, stream};
 use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::{
+    body::{Frame, Incoming},
+    server::conn::http2,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -53,9 +58,19 @@ const MAX_HEADER_OCTETS: u32 = 16 * 1024;
 /// A gRPC service, as tonic generates it.
 pub type Service = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
 
-/// The services by name. The first one also answers what no service has.
+/// The services. The first one also answers what no service has.
 #[derive(Clone)]
-pub struct Services(pub Arc<[(&'static str, Service)]>);
+pub struct Services(pub Arc<[NamedService]>);
+
+/// A service under its full name.
+pub struct NamedService {
+    /// Such as `users.v1.UserService`.
+    pub name: &'static str,
+    /// Itself.
+    pub service: Service,
+    /// Whether it has streams that go on until somebody ends them.
+    pub has_streams: bool,
+}
 
 /// Accepts connections until `stop`. Then running calls may finish, for as long as
 /// the grace lasts; what still runs then is dropped.
@@ -124,9 +139,9 @@ async fn serve_connection(
     }
     // Small answers must not wait for the one before to be acknowledged.
     let _ = stream.set_nodelay(true);
-    let service = service_fn(move |request| {
-        let services = services.clone();
-        async move { Ok::<_, Infallible>(call(services, request, call_timeout).await) }
+    let service = service_fn(|request| {
+        let (services, stop) = (services.clone(), stop.clone());
+        async move { Ok::<_, Infallible>(call(services, request, call_timeout, stop).await) }
     });
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
@@ -163,13 +178,18 @@ fn jittered(duration: Duration) -> Duration {
 }
 
 /// One call, with everything that can befall it turned into an answer.
-async fn call(services: Services, request: Request<Incoming>, max_timeout: Duration) -> Response<Body> {
+async fn call(
+    services: Services,
+    request: Request<Incoming>,
+    max_timeout: Duration,
+    stop: CancellationToken,
+) -> Response<Body> {
     let mut record = CallRecord::new(request.uri().path());
     let response = match timeout_of(request.headers()) {
         _ if !is_grpc(request.headers()) => unsupported_media_type(),
         Ok(timeout) => {
-            answer(services, request.map(Body::new), timeout.map_or(max_timeout, |t| t.min(max_timeout)))
-                .await
+            let timeout = timeout.unwrap_or(max_timeout).min(max_timeout);
+            answer(services, request.map(Body::new), timeout, stop).await
         }
         Err(error) => Status::from(error).into_http(),
     };
@@ -177,8 +197,29 @@ async fn call(services: Services, request: Request<Incoming>, max_timeout: Durat
     response
 }
 
+/// One direction of a stream, which ends when the server stops: with `trailers`, if
+/// it is ours. Else it would keep its connection as long as the client likes.
+fn until_stopped(body: Body, stop: CancellationToken, trailers: Option<HeaderMap>) -> Body {
+    let stopped = Box::pin(stop.cancelled_owned());
+    let frames = stream::unfold(Some((body, stopped, trailers)), async |state| {
+        let (mut body, mut stopped, trailers) = state?;
+        tokio::select! {
+            biased;
+            frame = body.frame() => Some((frame?, Some((body, stopped, trailers)))),
+            () = &mut stopped => Some((Ok(Frame::trailers(trailers?)), None)),
+        }
+    });
+    Body::new(StreamBody::new(frames))
+}
+
+fn stopping() -> Option<HeaderMap> {
+    let mut trailers = HeaderMap::new();
+    Status::from(Error::Stopping).add_header(&mut trailers).ok().map(|()| trailers)
+}
+
 fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+    let rest = headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
+    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 fn unsupported_media_type() -> Response<Body> {
@@ -220,13 +261,24 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 /// Hands the call to its service. Whatever the service does not do itself happens
 /// here: the deadline, under which the service's future is dropped and cleans up
 /// after itself, and a panic, which costs this call and no other.
-async fn answer(services: Services, request: Request<Body>, timeout: Duration) -> Response<Body> {
+async fn answer(
+    services: Services,
+    request: Request<Body>,
+    timeout: Duration,
+    stop: CancellationToken,
+) -> Response<Body> {
     let name = request.uri().path().split('/').nth(1).unwrap_or_default();
-    let mut services_by_name = services.0.iter();
-    let found = services_by_name.find(|(n, _)| *n == name).or_else(|| services.0.first());
-    let Some((_, service)) = found else { return Status::from(Error::Internal).into_http() };
+    let found = services.0.iter().find(|service| service.name == name).or_else(|| services.0.first());
+    let Some(NamedService { service, has_streams, .. }) = found else {
+        return Status::from(Error::Internal).into_http();
+    };
+    let request = match has_streams {
+        true => request.map(|body| until_stopped(body, stop.clone(), None)),
+        false => request,
+    };
     let work = AssertUnwindSafe(service.clone().oneshot(request)).catch_unwind();
     match time::timeout(timeout, work).await {
+        Ok(Ok(Ok(response))) if *has_streams => response.map(|body| until_stopped(body, stop, stopping())),
         Ok(Ok(Ok(response))) => explained(response),
         Ok(Err(panic)) => {
             tracing::error!(panic = panic_message(panic.as_ref()), "a call panicked");
@@ -253,7 +305,11 @@ fn explained(response: Response<Body>) -> Response<Body> {
 /// The status of an answer that is no more than its headers; others begin well,
 /// and have theirs in the trailers.
 fn status_of(response: &Response<Body>) -> Code {
-    response.headers().get("grpc-status").map_or(Code::Ok, |value| Code::from_bytes(value.as_bytes()))
+    match response.headers().get("grpc-status") {
+        Some(value) => Code::from_bytes(value.as_bytes()),
+        None if response.status().is_success() => Code::Ok,
+        None => Code::Unknown,
+    }
 }
 
 fn panic_message(panic: &(dyn Any + Send)) -> &str {
@@ -316,10 +372,11 @@ mod tests {
             assert!(request.uri().path() != "/test/panic", "a secret");
             Ok::<_, Infallible>(Response::new(Body::default()))
         });
-        let services = Services([("test", BoxCloneSyncService::new(service))].into());
+        let service = BoxCloneSyncService::new(service);
+        let services = Services([NamedService { name: "test", service, has_streams: false }].into());
         let ask = |path| {
             let request = Request::post(path).body(Body::default()).unwrap();
-            answer(services.clone(), request, Duration::from_secs(1))
+            answer(services.clone(), request, Duration::from_secs(1), CancellationToken::new())
         };
         let response = ask("/test/panic").await;
         let status = Status::from_header_map(response.headers()).unwrap();

@@ -2,11 +2,14 @@
 
 use std::{future::Future, sync::Arc};
 
+use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 use crate::{
     db::Db,
     error::{Error, reason},
+    group::{Group, Limits},
+    grouped::{Creates, Deletes, Gets, Updates},
     input::{Create, Delete, Expunge, Undelete, Update, UserKey},
     list,
     names::Username,
@@ -15,15 +18,24 @@ use crate::{
 };
 
 /// The service `users.v1.UserService`.
-#[derive(Debug, Clone)]
 pub struct Users {
     db: Arc<Db>,
+    gets: Arc<Group<Gets>>,
+    creates: Arc<Group<Creates>>,
+    updates: Arc<Group<Updates>>,
+    deletes: Arc<Group<Deletes>>,
 }
 
 impl Users {
-    /// The service on this database.
-    pub fn new(db: Arc<Db>) -> Self {
-        Self { db }
+    /// The service on this database, with groups within these limits.
+    pub fn new(db: Arc<Db>, limits: Limits, tasks: &TaskTracker) -> Self {
+        Self {
+            gets: Group::new(Gets(Arc::clone(&db)), limits, tasks.clone()),
+            creates: Group::new(Creates(Arc::clone(&db)), limits, tasks.clone()),
+            updates: Group::new(Updates(Arc::clone(&db)), limits, tasks.clone()),
+            deletes: Group::new(Deletes(Arc::clone(&db)), limits, tasks.clone()),
+            db,
+        }
     }
 }
 
@@ -39,7 +51,7 @@ impl pb::user_service_server::UserService for Users {
     async fn create_user(&self, request: Request<pb::CreateUserRequest>) -> Answer<pb::CreateUserResponse> {
         answer(async {
             let create = Create::parse(request.into_inner())?;
-            let user = users::create(&self.db, &create).await?;
+            let user = self.creates.run(create).await?;
             Ok(pb::CreateUserResponse { user: Some(user) })
         })
         .await
@@ -48,7 +60,7 @@ impl pb::user_service_server::UserService for Users {
     async fn get_user(&self, request: Request<pb::GetUserRequest>) -> Answer<pb::GetUserResponse> {
         answer(async {
             let request = request.into_inner();
-            let user = users::get(&self.db, &UserKey::parse(request.key)?).await?;
+            let user = self.gets.run(UserKey::parse(request.key)?).await?;
             let not_modified = user.revision == request.if_revision_not;
             Ok(pb::GetUserResponse { user: (!not_modified).then_some(user), not_modified })
         })
@@ -58,7 +70,7 @@ impl pb::user_service_server::UserService for Users {
     async fn update_user(&self, request: Request<pb::UpdateUserRequest>) -> Answer<pb::UpdateUserResponse> {
         answer(async {
             let update = Update::parse(request.into_inner())?;
-            let user = users::update(&self.db, &update).await?;
+            let user = self.updates.run(update).await?;
             Ok(pb::UpdateUserResponse { user: Some(user) })
         })
         .await
@@ -67,7 +79,7 @@ impl pb::user_service_server::UserService for Users {
     async fn delete_user(&self, request: Request<pb::DeleteUserRequest>) -> Answer<pb::DeleteUserResponse> {
         answer(async {
             let delete = Delete::parse(request.into_inner())?;
-            let user = users::delete(&self.db, &delete).await?;
+            let user = self.deletes.run(delete).await?;
             Ok(pb::DeleteUserResponse { user })
         })
         .await

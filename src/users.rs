@@ -64,22 +64,25 @@ fn unreadable(error: tokio_postgres::Error) -> Error {
     Error::Internal
 }
 
-/// Records a request id: `$1`, unless it is null, with the fingerprint of `$2`,
-/// for the user `$3`. No row comes back if it is recorded already: then this call
+/// Records a request id: `$1`, unless it is null, for the user `$3`, with the
+/// fingerprint `$2` hashed with a salt, if there is one. No row comes back if it is recorded already: then this call
 /// is a retry. A call that waits here waits for its twin to commit or to fail.
 macro_rules! record_request {
-    ($fingerprint:literal, $from:literal) => {
+    ($salt:literal, $from:literal) => {
         concat!(
             "request as (
-    insert into requests (request_id, fingerprint, user_id, expire_time)
-    select $1::uuid, ",
-            $fingerprint,
-            ", $3::uuid, now() + interval '24 hours'
+    insert into requests (request_id, fingerprint, is_salted, user_id, expire_time)
+    select $1::uuid, coalesce(sha256($2::bytea || ",
+            $salt,
+            "), $2), ",
+            $salt,
+            " is not null, $3::uuid, now() + interval '24 hours'
     ",
             $from,
             " where $1 is not null
     on conflict (request_id) do update set
         fingerprint = excluded.fingerprint,
+        is_salted = excluded.is_salted,
         user_id = excluded.user_id,
         expire_time = excluded.expire_time
     where requests.expire_time <= now()
@@ -94,7 +97,7 @@ const CREATE: &str = concat!(
     "with secret as materialized (
     select uuid_send(gen_random_uuid()) as salt
 ), ",
-    record_request!("sha256($2::bytea || salt)", "from secret"),
+    record_request!("salt", "from secret"),
     ", created as (
     insert into users (
         id, username, username_key, username_held, email, email_key, display_name,
@@ -160,10 +163,15 @@ pub async fn get(db: &Db, key: &UserKey) -> Result<pb::User, Error> {
     };
     match rows.first() {
         Some(row) => user_from_row(row),
-        None => Err(match key {
-            UserKey::Id(id) => not_found(*id),
-            UserKey::Username(username) => Error::UserNotFound { name: username.typed().to_owned() },
-        }),
+        None => Err(key_not_found(key)),
+    }
+}
+
+/// That nobody has this key.
+pub(crate) fn key_not_found(key: &UserKey) -> Error {
+    match key {
+        UserKey::Id(id) => not_found(*id),
+        UserKey::Username(username) => Error::UserNotFound { name: username.typed().to_owned() },
     }
 }
 
@@ -176,18 +184,23 @@ pub async fn username_holder(db: &Db, username: &Username) -> Result<Option<Opti
     rows.first().map(|row| column(row, 0)).transpose()
 }
 
-/// The lock in `cur` makes whoever comes second see the first one's work. The
-/// last column tells whether the call was let through: to change something, or to
-/// find that there is nothing to change.
+/// The lock in `cur` makes whoever comes second see the first one's work, so all is
+/// decided on what `cur` has read, and nothing on `u`: that is the row as it was
+/// before the wait, and if it failed a condition, nobody would look again. The last
+/// column tells whether the call was let through: to change something, or to find
+/// that there is nothing to change.
 const UPDATE: &str = concat!(
     "with cur as (
     select ",
     user_columns!(),
     ", fingerprint_salt from users where id = $3 for update
 ), ok as (
-    select fingerprint_salt as salt from cur where delete_time is null and $4::bigint in (0, revision)
+    select fingerprint_salt as salt,
+        (username, email, display_name) is distinct from
+            (coalesce($5, username), coalesce($7, email), coalesce($9, display_name)) as has_changes
+    from cur where delete_time is null and $4::bigint in (0, revision)
 ), ",
-    record_request!("sha256($2::bytea || salt)", "from ok"),
+    record_request!("salt", "from ok"),
     ", updated as (
     update users u set
         username = coalesce($5, u.username),
@@ -198,10 +211,7 @@ const UPDATE: &str = concat!(
         revision = u.revision + 1,
         update_time = greatest(now(), u.update_time)
     from ok
-    where u.id = $3
-        and ($1 is null or exists (select from request))
-        and (u.username, u.email, u.display_name) is distinct from
-            (coalesce($5, u.username), coalesce($7, u.email), coalesce($9, u.display_name))
+    where u.id = $3 and has_changes and ($1 is null or exists (select from request))
     returning ",
     user_columns!(),
     "
@@ -220,17 +230,20 @@ from cur where not exists (select from updated)"
 
 /// Changes a user, or creates it if that is allowed and there is none.
 pub async fn update(db: &Db, update: &Update) -> Result<pb::User, Error> {
+    let mut conflict = None;
     loop {
-        match (update_user(db, update).await, &update.or_create) {
-            (Err(Error::UserNotFound { .. }), Some(user)) => {
-                let user = user.as_ref().map_err(Clone::clone)?;
-                match create_user(db, user, &update.request_id, update.validate_only).await {
-                    // Somebody created it in between, so there is a user to update.
-                    Err(Error::UserIdTaken) => {}
-                    created => return created,
-                }
-            }
+        let user = match (update_user(db, update).await, &update.or_create) {
+            (Err(Error::UserNotFound { .. }), Some(user)) => user.as_ref().map_err(Clone::clone)?,
             (updated, _) => return updated,
+        };
+        if let Some(conflict) = conflict {
+            return Err(conflict);
+        }
+        match create_user(db, user, &update.request_id, update.validate_only).await {
+            // Perhaps with this very user, made by somebody in between: if so, there
+            // is somebody to update.
+            Err(error @ (Error::UserIdTaken | Error::UsernameTaken { .. })) => conflict = Some(error),
+            created => return created,
         }
     }
 }
@@ -272,14 +285,14 @@ const DELETE: &str = concat!(
     user_columns!(),
     ", fingerprint_salt from users where id = $3 for update
 ), ok as (
-    select coalesce(sha256($2::bytea || fingerprint_salt), $2) as salted
+    select fingerprint_salt as salt, cur.id is not null and cur.delete_time is null as is_live
     from (values (1)) as one left join cur on true
     where case
         when cur.id is null or cur.delete_time is not null then $5::boolean
         else $4::bigint in (0, cur.revision)
     end
 ), ",
-    record_request!("salted", "from ok"),
+    record_request!("salt", "from ok"),
     ", deleted as (
     update users u set
         delete_time = now(),
@@ -288,7 +301,7 @@ const DELETE: &str = concat!(
         revision = u.revision + 1,
         update_time = greatest(now(), u.update_time)
     from ok
-    where u.id = $3 and u.delete_time is null and ($1 is null or exists (select from request))
+    where u.id = $3 and is_live and ($1 is null or exists (select from request))
     returning ",
     user_columns!(),
     "
@@ -347,7 +360,7 @@ const UNDELETE: &str = concat!(
     select fingerprint_salt as salt from cur
     where delete_time is not null and (username_held or $4::text is not null)
 ), ",
-    record_request!("sha256($2::bytea || salt)", "from ok"),
+    record_request!("salt", "from ok"),
     ", undeleted as (
     update users u set
         username = coalesce($4, u.username),
@@ -410,7 +423,7 @@ const EXPUNGE: &str = concat!(
     "with cur as (
     select id from users where id = $3 for update
 ), ",
-    record_request!("$2::bytea", "from cur"),
+    record_request!("null::bytea", "from cur"),
     ", gone as (
     delete from users u using cur
     where u.id = cur.id and ($1 is null or exists (select from request))
@@ -429,7 +442,7 @@ pub async fn expunge(db: &Db, expunge: &Expunge) -> Result<SystemTime, Error> {
         return column(row, 0);
     }
     match replay(db, request_id).await? {
-        Some(replay) if replay.is_same => Ok(replay.time),
+        Some(replay) if replay.is_same == Some(true) => Ok(replay.time),
         _ => Err(not_found(*id)),
     }
 }
@@ -441,7 +454,7 @@ const REPLAY: &str = concat!(
     ",
     r.user_id,
     r.expire_time - interval '24 hours',
-    coalesce(r.fingerprint = $2 or r.fingerprint = sha256($2::bytea || fingerprint_salt), false)
+    r.fingerprint = case when r.is_salted then sha256($2::bytea || fingerprint_salt) else $2 end
 from requests r left join users on id = r.user_id
 where r.request_id = $1 and r.expire_time > now()"
 );
@@ -454,8 +467,8 @@ struct Replay {
     user: Option<pb::User>,
     /// When it was made.
     time: SystemTime,
-    /// Whether it had this content; with the user, that knowledge goes.
-    is_same: bool,
+    /// Whether it had this content, unless that knowledge went with the user.
+    is_same: Option<bool>,
 }
 
 impl Replay {
@@ -477,7 +490,7 @@ async fn replay(db: &Db, request_id: &RequestId) -> Result<Option<Replay>, Error
         time: column(row, EXTRA + 1)?,
         is_same: column(row, EXTRA + 2)?,
     };
-    if replay.user.is_some() && !replay.is_same {
+    if replay.is_same == Some(false) {
         let what = "was used for a request with other content";
         return Err(Error::invalid("request_id", reason::REQUEST_ID_REUSED, what));
     }

@@ -32,12 +32,13 @@ async fn a_deadline_against_a_locked_row_is_kept_and_the_query_cancelled() {
     let answer = client.update_user(with_timeout(rename(&id, "New"), "50m")).await;
     let taken = started.elapsed();
     assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
-    assert!((Duration::from_millis(50)..Duration::from_secs(1)).contains(&taken), "{taken:?}");
+    // Far less than the 30 s that the statement itself may take.
+    assert!((Duration::from_millis(50)..Duration::from_secs(5)).contains(&taken), "{taken:?}");
     let asked = Instant::now();
     eventually("the backend is idle", async || (database.count(ACTIVE).await == 0).then_some(())).await;
-    assert!(asked.elapsed() < Duration::from_secs(1));
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
     // The row is still locked; whoever wants something else does not notice.
-    client.get_user(with_timeout(by_id(&id), "1S")).await.unwrap();
+    client.get_user(with_timeout(by_id(&id), "5S")).await.unwrap();
 
     holder.batch_execute("rollback").await.unwrap();
     let user = client.update_user(rename(&id, "New")).await.unwrap().into_inner().user.unwrap();
@@ -63,7 +64,7 @@ async fn the_query_of_a_caller_who_left_is_cancelled() {
 #[tokio::test]
 async fn the_wait_for_a_connection_counts() {
     let database = Database::migrated().await;
-    let server = Server::start(&database, &[("POOL_SIZE", "1"), ("CALL_TIMEOUT_MS", "2000")]).await;
+    let server = Server::start(&database, &[("POOL_SIZE", "1"), ("CALL_TIMEOUT_MS", "10000")]).await;
     let (id, _holder) = locked(&server, &database).await;
     let mut client = server.patient_client();
     let stuck = tokio::spawn({

@@ -15,6 +15,7 @@ mod create;
 mod deadlines;
 mod delete;
 mod faults;
+mod group;
 mod hostile;
 mod list;
 mod migrations;

@@ -69,3 +69,13 @@ async fn a_schema_that_does_not_fit_stops_the_start() {
     assert!(!server.ended().await.success());
     assert!(server.log().contains("42703"), "{}", server.log());
 }
+
+#[tokio::test]
+async fn a_migration_that_was_changed_afterwards_stops_the_start() {
+    let database = Database::migrated().await;
+    let change = "update refinery_schema_history set checksum = '1' where version = 1";
+    database.connect().await.batch_execute(change).await.unwrap();
+    let mut server = Server::spawn(&[("DATABASE_URL", &database.url())]).await;
+    assert!(!server.ended().await.success());
+    assert!(server.log().contains("different than filesystem one"), "{}", server.log());
+}

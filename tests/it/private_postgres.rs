@@ -8,7 +8,8 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use crate::support::*;
 
 async fn start(data_dir: &Path) -> Server {
-    let server = Server::spawn(&[("DATA_DIR", data_dir.to_str().unwrap())]).await;
+    // The port is none of the environment's business.
+    let server = Server::spawn(&[("DATA_DIR", data_dir.to_str().unwrap()), ("PGPORT", "5433")]).await;
     server.wait_until("", ServingStatus::Serving).await;
     server
 }
@@ -37,6 +38,35 @@ async fn it_is_started_keeps_its_data_and_is_stopped_with_the_service() {
     assert_eq!(found.user, Some(user));
     server.signal("INT");
     assert!(server.ended().await.success());
+}
+
+#[tokio::test]
+async fn its_own_log_has_no_personal_data() {
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    let mut server = start(dir.path()).await;
+    let mut client = server.client().await;
+    created(&mut client, "alice").await;
+    client.create_user(create(user("alice"))).await.unwrap_err();
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+    let log = fs::read_to_string(dir.path().join("postgresql.log")).unwrap();
+    assert!(log.contains("users_username_key") && !log.contains(SECRET), "{log}");
+}
+
+#[tokio::test]
+async fn a_directory_with_other_things_in_it_is_left_alone() {
+    let dir = TempDir::with_prefix("pg-").unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(dir.path().join("letter.txt"), "Dear").unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"))
+        .env("DATA_DIR", dir.path())
+        .env("LISTEN_ADDR", "127.0.0.1:0")
+        .env_remove("DATABASE_URL")
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("has other things in it"), "{error}");
+    assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o755);
 }
 
 #[tokio::test]

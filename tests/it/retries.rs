@@ -101,6 +101,12 @@ async fn a_request_id_with_other_content_or_for_another_rpc_is_refused() {
     let expunge = pb::ExpungeUserRequest { request_id, ..expunge(&id) };
     assert_refused(client.expunge_user(expunge).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(client.get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap().revision, 1);
+
+    // Nor is the id of an expunge good for anything else, although its user is gone.
+    let expunge = pb::ExpungeUserRequest { request_id: new_request_id(), ..crate::support::expunge(&id) };
+    client.expunge_user(expunge.clone()).await.unwrap();
+    let other = pb::CreateUserRequest { request_id: expunge.request_id, ..create(user("bob")) };
+    assert_refused(client.create_user(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
 }
 
 #[tokio::test]

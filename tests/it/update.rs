@@ -131,6 +131,31 @@ async fn the_final_revision_counts_64_writers_that_do_not_look() {
 }
 
 #[tokio::test]
+async fn a_value_that_was_there_before_is_written_if_it_is_not_there_any_more() {
+    let (server, database) = server().await;
+    let client = server.client().await;
+    let id = created(&mut client.clone(), "alice").await.id;
+    // Each waits for the others, and sees what it asks for in the row as it was
+    // before the wait.
+    let writers = (0..8).map(|n| {
+        let (mut client, id) = (client.clone(), id.clone());
+        async move {
+            let mut revisions = Vec::new();
+            for round in 0..60 {
+                let asked = ["A", "B"][(n + round) % 2];
+                let user = client.update_user(rename(&id, asked)).await.unwrap().into_inner().user.unwrap();
+                assert_eq!(user.display_name, asked);
+                revisions.push(user.revision);
+            }
+            revisions
+        }
+    });
+    join_all(writers).await;
+    let last = client.clone().get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap();
+    assert_eq!(database.count("select count(distinct revision) from user_changes").await, last.revision);
+}
+
+#[tokio::test]
 async fn update_time_never_goes_back() {
     let (server, database) = server().await;
     let mut client = server.client().await;

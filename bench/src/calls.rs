@@ -1,0 +1,145 @@
+//! The calls that are made, each with an id or a name of its own.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use prost::Message;
+use user_service::pb::{self, get_user_request::Key};
+
+use crate::cluster::Database;
+
+/// Every id begins with the time of a UUID v7. What follows is a number whose
+/// decimal digits are taken for hexadecimal ones, so that SQL, pgbench and Rust can
+/// all make the id of user `n`: `(ID_PREFIX || (ID_BASE + n))::uuid`.
+pub const ID_PREFIX: &str = "0190a3c0-0000-7000";
+/// Makes the number 16 digits long, and the first one the variant of a UUID.
+pub const ID_BASE: u64 = 8_000_000_000_000_000;
+/// New users are called `user<n>` too, with a random number from here, which none
+/// of the users has that are there from the beginning.
+pub const NEW_NAMES: std::ops::Range<u64> = 1_000_000_000_000_000..8_000_000_000_000_000;
+
+/// What a row of the report is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Work {
+    /// A call that does nothing: what gRPC itself costs.
+    Empty,
+    GetById,
+    GetByUsername,
+    /// Fifty users, the newest.
+    FirstPage,
+    /// Fifty users, from the middle of the table.
+    DeepPage,
+    Create,
+    Update,
+}
+
+impl Work {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "empty call",
+            Self::GetById => "GetUser by id",
+            Self::GetByUsername => "GetUser by username",
+            Self::FirstPage => "ListUsers, first page",
+            Self::DeepPage => "ListUsers, deep page",
+            Self::Create => "CreateUser",
+            Self::Update => "UpdateUser",
+        }
+    }
+
+    /// The `:path` of the call.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Empty => "/grpc.health.v1.Health/Check",
+            Self::GetById | Self::GetByUsername => "/users.v1.UserService/GetUser",
+            Self::FirstPage | Self::DeepPage => "/users.v1.UserService/ListUsers",
+            Self::Create => "/users.v1.UserService/CreateUser",
+            Self::Update => "/users.v1.UserService/UpdateUser",
+        }
+    }
+}
+
+/// Makes requests.
+#[derive(Debug, Clone)]
+pub struct Requests {
+    pub work: Work,
+    /// How many users there are.
+    users: u64,
+    /// The page token that leads to the middle of the table.
+    deep_page: String,
+    random: fastrand::Rng,
+}
+
+impl Requests {
+    pub fn new(work: Work, database: &Database) -> Self {
+        let (users, deep_page) = (database.users, database.deep_page.clone());
+        Self { work, users, deep_page, random: fastrand::Rng::new() }
+    }
+
+    /// A maker of other requests of the same kind.
+    pub fn fork(&mut self) -> Self {
+        Self { random: self.random.fork(), ..self.clone() }
+    }
+
+    /// The next request, as it goes over the wire.
+    pub fn next(&mut self) -> anyhow::Result<Bytes> {
+        match self.work {
+            Work::Empty => frame(&()),
+            Work::GetById => self.get(|n| Key::Id(user_id(n))),
+            Work::GetByUsername => self.get(|n| Key::Username(format!("user{n}"))),
+            Work::FirstPage => frame(&pb::ListUsersRequest { page_size: 50, ..Default::default() }),
+            Work::DeepPage => frame(&pb::ListUsersRequest {
+                page_size: 50,
+                page_token: self.deep_page.clone(),
+                ..Default::default()
+            }),
+            Work::Create => {
+                let n = self.random.u64(NEW_NAMES);
+                let user = pb::User {
+                    username: format!("user{n}"),
+                    email: format!("user{n}@example.com"),
+                    display_name: format!("User {n}"),
+                    ..Default::default()
+                };
+                let request_id = self.request_id();
+                frame(&pb::CreateUserRequest { user: Some(user), request_id, ..Default::default() })
+            }
+            Work::Update => {
+                let user = pb::User {
+                    id: user_id(self.number()),
+                    display_name: format!("User {}", self.random.u64(NEW_NAMES)),
+                    ..Default::default()
+                };
+                let request_id = self.request_id();
+                frame(&pb::UpdateUserRequest { user: Some(user), request_id, ..Default::default() })
+            }
+        }
+    }
+
+    fn get(&mut self, key: impl Fn(u64) -> Key) -> anyhow::Result<Bytes> {
+        frame(&pb::GetUserRequest { key: Some(key(self.number())), ..Default::default() })
+    }
+
+    /// The number of a user that exists.
+    fn number(&mut self) -> u64 {
+        self.random.u64(1..=self.users)
+    }
+
+    fn request_id(&mut self) -> String {
+        uuid::Builder::from_random_bytes(self.random.u128(..).to_be_bytes()).into_uuid().to_string()
+    }
+}
+
+/// The id of user `n`.
+fn user_id(n: u64) -> String {
+    let digits = ID_BASE + n;
+    format!("{ID_PREFIX}-{}-{:012}", digits / 1_000_000_000_000, digits % 1_000_000_000_000)
+}
+
+/// The message behind the five octets that gRPC puts in front of it: not
+/// compressed, and how long it is.
+pub fn frame(message: &impl Message) -> anyhow::Result<Bytes> {
+    let length = message.encoded_len();
+    let mut frame = BytesMut::with_capacity(5 + length);
+    frame.put_u8(0);
+    frame.put_u32(u32::try_from(length)?);
+    message.encode(&mut frame)?;
+    Ok(frame.freeze())
+}
