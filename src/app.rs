@@ -99,8 +99,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     lanes.wait().await;
     db.close();
     drop(db);
+    // It ends when the last call has let go of the database, those cut off included.
     while canceller.join_next().await.is_some() {}
-    // Each call that was cut off ends with its connection, and frees the database.
     if let Some(embedded) = embedded {
         result = result.and(embedded.stop().await);
     }

@@ -243,6 +243,7 @@ async fn run_together<W: Work>(
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "callers are tasks")]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 

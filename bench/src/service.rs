@@ -74,7 +74,8 @@ impl Service {
             }
         });
         log.detach_all();
-        time::timeout(START_TIMEOUT, serving(addr)).await.context("the service does not get ready")??;
+        let is_serving = time::timeout(START_TIMEOUT, serving(addr)).await;
+        is_serving.context("it takes too long").flatten().context("the service does not get ready")?;
         let start = started.elapsed();
         Ok(Self { database: database.clone(), addr, pid, start, child })
     }

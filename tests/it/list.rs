@@ -356,7 +356,8 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         let is_by_username = sql.contains("(username_key, id)");
         let plan = if is_by_username { plan.replace("Incremental Sort", "") } else { plan };
         let is_list = sql.contains("limit $5");
-        let (scan, collect, sort) = (plan.contains("Seq Scan"), plan.contains("Bitmap"), plan.contains("Sort"));
+        let (scan, collect, sort) =
+            (plan.contains("Seq Scan"), plan.contains("Bitmap"), plan.contains("Sort"));
         // What groups ask for has no order, and is sorted to be locked in one.
         assert!(!scan && !(is_list && (collect || sort)), "not along an index:\n{sql}\n{plan}");
         let walks = plan.matches("Index Scan").count();
