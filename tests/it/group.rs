@@ -240,7 +240,10 @@ async fn some_serial_order_explains_the_answers_to_thousands_of_random_calls() {
     const CALLERS: u64 = 64;
     const CALLS: usize = 40;
     let seed = rand::random::<u64>();
-    println!("seed {seed}");
+    #[expect(clippy::print_stdout, reason = "to run it again when it fails")]
+    {
+        println!("seed {seed}");
+    }
     let (server, database) = grouping_server().await;
     let client = server.client().await;
     let users = Arc::new(users(&client, USERS).await);
