@@ -1,6 +1,6 @@
 # Replace these by a mirror's, or pin them by digest. Keep both on one Debian
 # release: the binary needs at least the glibc that it was linked with.
-ARG RUST_IMAGE=docker.io/library/rust:1-slim-bookworm
+ARG RUST_IMAGE=rust:1-slim-bookworm
 ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
 FROM ${RUST_IMAGE} AS build

@@ -49,9 +49,9 @@ struct Cli {
     /// The service to measure [default: user-service, beside this program]
     #[arg(long)]
     service: Option<PathBuf>,
-    /// Where results and charts are written.
-    #[arg(long, default_value = "docs/performance")]
-    out: PathBuf,
+    /// Where results and charts are written [default: docs/performance, of a rehearsal nowhere]
+    #[arg(long)]
+    out: Option<PathBuf>,
 }
 
 impl Cli {
@@ -101,7 +101,11 @@ async fn main() -> anyhow::Result<()> {
 
     let report = report::report(&findings, &plan)?;
     println!("{report}");
-    fs::create_dir_all(&cli.out)?;
-    fs::write(cli.out.join("results.md"), report)?;
-    charts::write(&findings, &cli.out)
+    let default = (!cli.quick).then(|| PathBuf::from("docs/performance"));
+    if let Some(dir) = cli.out.or(default) {
+        fs::create_dir_all(&dir)?;
+        fs::write(dir.join("results.md"), report)?;
+        charts::write(&findings, &dir)?;
+    }
+    Ok(())
 }

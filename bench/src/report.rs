@@ -79,17 +79,20 @@ fn generator_line(findings: &Findings) -> String {
     else {
         return String::new();
     };
+    let share = busiest_cell.generator_share();
+    let verdict = if share < 0.95 { "It is not the bottleneck." } else { "It may be the bottleneck!" };
     format!(
-        "It is not the bottleneck. With 512 in flight it makes {} empty calls a second, at {:.1} µs of CPU \
-         each; the fastest other row is {} with {}, the empty call is {:.2} times that. It is one thread, \
-         and was busiest with {}: {:.0} % of a core.\n",
+        "{verdict} With 512 in flight it makes {} empty calls a second, at {:.1} µs of CPU each; the \
+         fastest other row is {} with {}: the empty call is {:.2} times as fast. It is one thread, and was \
+         busiest with {}, {} in flight: {:.0} % of a core.\n",
         thousands(empty.rate),
         empty.generator,
         row_name(fastest.0, fastest.1),
         thousands(fastest_cell.rate),
         empty.rate / fastest_cell.rate,
         row_name(busiest.0, busiest.1),
-        busiest_cell.generator_share() * 100.0,
+        busiest.2,
+        share * 100.0,
     )
 }
 
