@@ -24,10 +24,30 @@ test: postgres $(BUF) $(PYTHON) ## Run all tests
 lint: $(BUF) $(CARGO_DENY) ## Check formatting, code, protos, and dependencies' licences
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
+	cargo fmt --check --manifest-path bench/Cargo.toml
+	cargo clippy --all-targets --locked --manifest-path bench/Cargo.toml --target-dir target -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked --quiet
 	$(BUF) lint
 	$(BUF) format --diff --exit-code
 	$(CARGO_DENY) check licenses bans sources
+
+.PHONY: bench
+bench: postgres binaries ## Measure the service beside pgbench: a few minutes, a quiet machine
+	target/release/bench --out docs/performance
+
+.PHONY: bench-scale
+bench-scale: postgres binaries ## The same with 10 million users as well
+	target/release/bench --scale --out docs/performance
+
+.PHONY: bench-peers
+bench-peers: postgres wrk binaries ## Measure the service beside the Python stacks it grew out of
+	python3 -m venv $(TOOLS)/peers-venv
+	$(TOOLS)/peers-venv/bin/python bench/peers/run.py --output docs/performance/peers.md
+
+.PHONY: binaries
+binaries:
+	cargo build --release --locked
+	cargo build --release --locked --manifest-path bench/Cargo.toml --target-dir target
 
 .PHONY: image
 image: ## Build the container image
@@ -55,6 +75,10 @@ endef
 .PHONY: postgres
 postgres:
 	$(call need,command -v initdb || ls /usr/lib/postgresql/*/bin/initdb /opt/homebrew/opt/postgresql*/bin/initdb /usr/local/opt/postgresql*/bin/initdb | grep .,postgresql,the server of PostgreSQL 14 or later or set DATABASE_URL)
+
+.PHONY: wrk
+wrk:
+	$(call need,command -v wrk,wrk python3-venv,wrk and Python 3 with venv)
 
 $(BUF):
 	$(call need,command -v npm,nodejs npm,Node.js with npm)

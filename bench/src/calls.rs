@@ -4,8 +4,6 @@ use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 use user_service::pb::{self, get_user_request::Key};
 
-use crate::cluster::Database;
-
 /// Every id begins with the time of a UUID v7. What follows is a number whose
 /// decimal digits are taken for hexadecimal ones, so that SQL, pgbench and Rust can
 /// all make the id of user `n`: `(ID_PREFIX || (ID_BASE + n))::uuid`.
@@ -68,8 +66,7 @@ pub struct Requests {
 }
 
 impl Requests {
-    pub fn new(work: Work, database: &Database) -> Self {
-        let (users, deep_page) = (database.users, database.deep_page.clone());
+    pub fn new(work: Work, users: u64, deep_page: String) -> Self {
         Self { work, users, deep_page, random: fastrand::Rng::new() }
     }
 

@@ -21,7 +21,7 @@ use crate::{
     calls::Requests,
     client::{Caller, Connection, head},
     results::Cell,
-    usage::Meter,
+    usage::Usage,
 };
 
 /// Several in flight spread over so many connections; a single one needs but one.
@@ -44,12 +44,13 @@ struct Sample {
     took: Duration,
 }
 
-/// Puts a service under load. One call that fails fails it all.
+/// Puts a service under load, and asks `usage` before and after for what was used.
+/// One call that fails fails it all.
 pub async fn run(
     addr: SocketAddr,
     mut requests: Requests,
     load: Load,
-    meter: &Meter,
+    usage: impl Fn() -> anyhow::Result<Usage>,
 ) -> anyhow::Result<Cell> {
     let head = head(addr, requests.work.path())?;
     let mut connections = Vec::new();
@@ -67,11 +68,11 @@ pub async fn run(
 
     let window = async {
         time::sleep(load.warm_up).await;
-        let before = meter.read()?;
+        let before = usage()?;
         let from = Instant::now();
         time::sleep(load.duration).await;
         let to = Instant::now();
-        anyhow::Ok((from..to, meter.read()? - before))
+        anyhow::Ok((from..to, usage()? - before))
     };
     let (window, used) = tokio::select! {
         window = window => window?,

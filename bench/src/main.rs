@@ -10,6 +10,7 @@
 //! | [`run`] | what is measured, in which order |
 //! | [`cluster`], [`service`] | the PostgreSQL and the service that are measured |
 //! | [`generator`], [`client`], [`calls`] | the load, from the number of callers to the octets |
+//! | [`load`] | that load for others to use, who compare other services |
 //! | [`pgbench`] | the load that PostgreSQL makes itself |
 //! | [`usage`] | CPU time and memory |
 //! | [`results`] | from repetitions to a figure |
@@ -21,6 +22,7 @@ mod charts;
 mod client;
 mod cluster;
 mod generator;
+mod load;
 mod pgbench;
 mod report;
 mod results;
@@ -32,14 +34,16 @@ mod usage;
 use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{cluster::Cluster, run::Plan};
+use crate::{cluster::Cluster, load::LoadArgs, run::Plan};
 
 /// Measures user-service, and says how it compares.
 #[derive(Debug, Parser)]
 struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Also with 10 million users, which takes some minutes and 10 GB more.
     #[arg(long)]
     scale: bool,
@@ -52,6 +56,12 @@ struct Cli {
     /// Where results and charts are written [default: docs/performance, of a rehearsal nowhere]
     #[arg(long)]
     out: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Only the load generator, on a service that runs already.
+    Load(LoadArgs),
 }
 
 impl Cli {
@@ -86,6 +96,9 @@ impl Cli {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
+    if let Some(Command::Load(args)) = &cli.command {
+        return load::run(args).await;
+    }
     let plan = cli.plan()?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let cluster = Cluster::start().await?;

@@ -229,10 +229,10 @@ impl Bench<'_> {
         in_flight: usize,
         rate: Option<f64>,
     ) -> anyhow::Result<Cell> {
-        let requests = Requests::new(work, &service.database);
+        let requests = Requests::new(work, service.database.users, service.database.deep_page.clone());
         let load = Load { in_flight, rate, warm_up: self.plan.warm_up, duration: self.plan.duration };
         let meter = Meter { service: Some(service.pid), postmaster: self.cluster.postmaster };
-        let cell = generator::run(service.addr, requests, load, &meter).await;
+        let cell = generator::run(service.addr, requests, load, || meter.read()).await;
         cell.with_context(|| format!("{} with {in_flight} in flight", work.name()))
     }
 

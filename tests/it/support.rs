@@ -168,10 +168,13 @@ pub async fn server() -> (Server, Database) {
 }
 
 impl Server {
-    /// Starts the service on a database and waits until it is ready.
+    /// Starts the service on a database and waits until it is ready and warm.
     pub async fn start(database: &Database, settings: &[(&str, &str)]) -> Self {
         let server = Self::spawn(&[&[("DATABASE_URL", database.url().as_str())], settings].concat()).await;
         server.wait_until("", ServingStatus::Serving).await;
+        // Nor is it still opening connections, which a test may be about to disturb.
+        let is_warm = async || server.log().contains(r#""message":"warm""#).then_some(());
+        eventually("its connections are open", is_warm).await;
         server
     }
 
