@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tonic::{Code, Status};
+use tonic::Code;
 use tonic_types::StatusExt;
 use user_service::pb;
 
@@ -80,12 +80,12 @@ async fn the_wait_for_a_connection_counts() {
 }
 
 #[tokio::test]
-async fn who_would_wait_too_long_or_in_too_long_a_queue_is_turned_away() {
+async fn who_finds_the_line_full_is_turned_away_at_once_and_who_waits_too_long_then() {
     let database = Database::migrated().await;
-    let settings = [("POOL_SIZE", "1"), ("MAX_WAITING_CALLS", "2"), ("POOL_WAIT_TIMEOUT_MS", "500")];
+    let settings = [("POOL_SIZE", "1"), ("MAX_WAITING_CALLS", "2"), ("POOL_WAIT_TIMEOUT_MS", "5000")];
     let server = Server::start(&database, &settings).await;
     let (id, holder) = locked(&server, &database).await;
-    let client = server.patient_client();
+    let mut client = server.patient_client();
     let stuck = tokio::spawn({
         let (mut client, id) = (client.clone(), id.clone());
         async move { client.update_user(rename(&id, "New")).await }
@@ -94,16 +94,21 @@ async fn who_would_wait_too_long_or_in_too_long_a_queue_is_turned_away() {
         .await;
     let calls = (0..20).map(|_| {
         let (mut client, id) = (client.clone(), id.clone());
-        async move { client.get_user(by_id(&id)).await.map(drop) }
+        async move {
+            let started = Instant::now();
+            let status =
+                assert_refused(client.get_user(by_id(&id)).await, Code::ResourceExhausted, "OVERLOADED");
+            assert!(status.get_error_details().retry_info().is_some());
+            started.elapsed()
+        }
     });
-    let refuse = |answer: Result<(), Status>| {
-        let status = assert_refused(answer, Code::ResourceExhausted, "OVERLOADED");
-        assert!(status.get_error_details().retry_info().is_some());
-    };
-    futures_util::future::join_all(calls).await.into_iter().for_each(refuse);
+    let waits = futures_util::future::join_all(calls).await;
+    let at_once = waits.iter().filter(|wait| **wait < Duration::from_secs(3)).count();
+    // Two lanes and a line of two wait for the only connection; nobody else does.
+    assert!((14..20).contains(&at_once), "{waits:?}");
+    assert!(waits.iter().all(|wait| *wait < Duration::from_secs(20)));
     holder.batch_execute("rollback").await.unwrap();
     stuck.await.unwrap().unwrap();
-    let mut client = client;
     assert_eq!(client.get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap().revision, 2);
 }
 

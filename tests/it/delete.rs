@@ -82,31 +82,6 @@ async fn a_delete_looks_at_revision_and_state() {
 }
 
 #[tokio::test]
-async fn a_delete_that_waited_for_an_undelete_deletes() {
-    let (server, database) = server().await;
-    let mut client = server.client().await;
-    let id = created(&mut client, "alice").await.id;
-    client.delete_user(delete(&id)).await.unwrap();
-    let other = database.connect().await;
-    other
-        .batch_execute(
-            "begin; update users set delete_time = null, purge_time = null, revision = revision + 1",
-        )
-        .await
-        .unwrap();
-    let call = tokio::spawn({
-        let request = pb::DeleteUserRequest { allow_missing: true, ..delete(&id) };
-        async move { client.delete_user(request).await }
-    });
-    let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-    eventually("it waits for the row", async || (database.count(waiting).await == 1).then_some(())).await;
-    other.batch_execute("commit").await.unwrap();
-    let user = call.await.unwrap().unwrap().into_inner().user.unwrap();
-    assert!(user.delete_time.is_some());
-    assert_eq!(user.revision, 4);
-}
-
-#[tokio::test]
 async fn after_an_expunge_nothing_of_the_user_is_left() {
     let (server, database) = server().await;
     let mut client = server.client().await;

@@ -5,7 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
@@ -91,12 +91,14 @@ async fn a_change_that_was_not_committed_when_its_connection_broke_can_be_made_a
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.update_user(request).await }
     });
-    let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-    eventually("it waits for the row", async || (database.count(waiting).await == 1).then_some(())).await;
+    eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
     proxy.cut();
     assert_eq!(assert_passing(&call.await.unwrap().unwrap_err()), "OUTCOME_UNKNOWN");
     // The backend notices that its client has gone, and gives up the change.
-    eventually("the backend is gone", async || (database.count(waiting).await == 0).then_some(())).await;
+    let cut = Instant::now();
+    eventually("the backend is gone", async || (database.count(WAITING).await == 0).then_some(())).await;
+    // It looks once a second; the statement itself could go on for 30.
+    assert!(cut.elapsed() < Duration::from_secs(10), "{:?}", cut.elapsed());
     holder.batch_execute("rollback").await.unwrap();
     let user = client.update_user(request).await.unwrap().into_inner().user.unwrap();
     assert_eq!((user.revision, user.display_name.as_str()), (2, "New"));
@@ -115,9 +117,7 @@ async fn when_all_backends_are_terminated_no_connection_stays_stuck() {
     };
     assert!(burst().await.iter().all(Result::is_ok));
     for _ in 0..5 {
-        let kill = "select count(pg_terminate_backend(pid)) from pg_stat_activity
-            where datname = current_database() and application_name = 'user-service'";
-        assert!(database.count(kill).await > 0);
+        assert!(terminate_backends(&database).await > 0);
         // Some may meet a connection that is just going; nobody does twice.
         for status in burst().await.into_iter().filter_map(Result::err) {
             assert_passing(&status);
@@ -130,10 +130,17 @@ async fn when_all_backends_are_terminated_no_connection_stays_stuck() {
 }
 
 #[tokio::test]
-async fn a_statement_that_the_schema_has_outgrown_is_prepared_again() {
+async fn statements_that_the_schema_has_outgrown_are_prepared_again_on_every_connection() {
     let (server, database) = server().await;
-    let mut client = server.client().await;
-    let user = created(&mut client, "alice").await;
+    let client = server.client().await;
+    let user = created(&mut client.clone(), "alice").await;
+    let burst = || {
+        join_all((0..100).map(|_| {
+            let (mut client, id) = (client.clone(), user.id.clone());
+            async move { client.get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap() }
+        }))
+    };
+    assert!(burst().await.iter().all(|found| *found == user));
     // As a later release's migration may, while this one serves.
     database
         .connect()
@@ -141,11 +148,47 @@ async fn a_statement_that_the_schema_has_outgrown_is_prepared_again() {
         .batch_execute("alter table users alter display_name type varchar(1000)")
         .await
         .unwrap();
-    for _ in 0..30 {
-        let found = client.get_user(by_id(&user.id)).await.unwrap().into_inner();
-        assert_eq!(found.user.as_ref(), Some(&user));
-    }
-    client.update_user(rename(&user.id, "New")).await.unwrap();
+    assert!(burst().await.iter().all(|found| *found == user));
+    client.clone().update_user(rename(&user.id, "New")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_that_cannot_write_any_more_is_replaced() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("POOL_SIZE", "1")]).await;
+    let mut client = server.client().await;
+    let id = created(&mut client, "alice").await.id;
+    let admin = database.connect().await;
+    let read_only = format!("alter database {} set default_transaction_read_only = on", database.name);
+    admin.batch_execute(&read_only).await.unwrap();
+    terminate_backends(&database).await;
+    eventually("it cannot write", async || {
+        let status = client.update_user(rename(&id, "New")).await.unwrap_err();
+        (assert_passing(&status) == "DATABASE_UNAVAILABLE").then_some(())
+    })
+    .await;
+    admin.batch_execute("set default_transaction_read_only = off").await.unwrap();
+    let writable = format!("alter database {} reset default_transaction_read_only", database.name);
+    admin.batch_execute(&writable).await.unwrap();
+    // The connection of a refused call is gone; the next one can write.
+    drop(client.update_user(rename(&id, "New")).await);
+    client.update_user(rename(&id, "Newer")).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_cannot_have_a_lock_in_time_is_told_to_try_again() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let id = created(&mut client, "alice").await.id;
+    let holder = database.connect().await;
+    let impatient = format!("alter database {} set lock_timeout = 100", database.name);
+    holder.batch_execute(&impatient).await.unwrap();
+    terminate_backends(&database).await;
+    eventually("new connections", async || client.get_user(by_id(&id)).await.ok().map(drop)).await;
+    holder.batch_execute("begin; select from users for update").await.unwrap();
+    let answer = client.update_user(rename(&id, "New")).await;
+    let status = assert_refused(answer, Code::Aborted, "TRANSACTION_CONFLICT");
+    assert!(status.get_error_details().retry_info().is_some());
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ mod hostile;
 mod list;
 mod migrations;
 mod private_postgres;
+mod races;
 mod read;
 mod retries;
 mod settings;

@@ -32,6 +32,9 @@ async fn a_replica_that_dies_while_it_migrates_does_not_stop_the_others() {
     let polls = "select count(*) from pg_stat_activity
         where datname = current_database() and query like 'select pg_try_advisory_lock%'";
     eventually("it asks for the lock", async || (database.count(polls).await > 0).then_some(())).await;
+    // Nobody else has begun.
+    let tables = "select count(*) from pg_class where relname in ('users', 'refinery_schema_history')";
+    assert_eq!(database.count(tables).await, 0);
     // It holds no snapshot meanwhile: an index could be built concurrently.
     let in_transaction = format!("{polls} and backend_xmin is not null and state <> 'active'");
     assert_eq!(database.count(&in_transaction).await, 0);

@@ -14,6 +14,15 @@ async fn start(data_dir: &Path) -> Server {
     server
 }
 
+/// What a service says whose start fails on this directory.
+fn failing_start(data_dir: &Path) -> String {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"));
+    command.env("DATA_DIR", data_dir).env("LISTEN_ADDR", "127.0.0.1:0").env_remove("DATABASE_URL");
+    let output = command.output().unwrap();
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
+}
+
 /// The process id of the private PostgreSQL, while there is one.
 fn postmaster(data_dir: &Path) -> Option<String> {
     let file = fs::read_to_string(data_dir.join("data/postmaster.pid")).ok()?;
@@ -58,14 +67,8 @@ async fn a_directory_with_other_things_in_it_is_left_alone() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(dir.path().join("letter.txt"), "Dear").unwrap();
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"))
-        .env("DATA_DIR", dir.path())
-        .env("LISTEN_ADDR", "127.0.0.1:0")
-        .env_remove("DATABASE_URL")
-        .output()
-        .unwrap();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && error.contains("has other things in it"), "{error}");
+    let error = failing_start(dir.path());
+    assert!(error.contains("has other things in it"), "{error}");
     assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o755);
 }
 
@@ -73,14 +76,8 @@ async fn a_directory_with_other_things_in_it_is_left_alone() {
 async fn a_second_service_on_the_same_directory_is_told_so() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let mut server = start(dir.path()).await;
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"))
-        .env("DATA_DIR", dir.path())
-        .env("LISTEN_ADDR", "127.0.0.1:0")
-        .env_remove("DATABASE_URL")
-        .output()
-        .unwrap();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && error.contains("is in use by another user-service"), "{error}");
+    let error = failing_start(dir.path());
+    assert!(error.contains("is in use by another user-service"), "{error}");
     created(&mut server.client().await, "alice").await;
     server.signal("TERM");
     assert!(server.ended().await.success());
@@ -108,14 +105,7 @@ async fn without_server_binaries_one_sentence_says_what_to_do() {
     // Data of a version that nobody has any more.
     fs::create_dir(dir.path().join("data")).unwrap();
     fs::write(dir.path().join("data/PG_VERSION"), "9\n").unwrap();
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"))
-        .env("DATA_DIR", dir.path())
-        .env("LISTEN_ADDR", "127.0.0.1:0")
-        .env_remove("DATABASE_URL")
-        .output()
-        .unwrap();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success());
+    let error = failing_start(dir.path());
     assert!(
         error.contains("no server binaries of PostgreSQL 9") && error.contains("DATABASE_URL"),
         "{error}"

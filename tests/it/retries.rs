@@ -137,3 +137,85 @@ async fn a_failed_call_leaves_no_record_and_an_expired_one_counts_no_more() {
     let second = client.create_user(request).await.unwrap().into_inner().user.unwrap();
     assert_ne!(first.id, second.id);
 }
+
+#[tokio::test]
+async fn a_used_request_id_is_refused_before_anything_else_is() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let request_id = new_request_id();
+    let request = pb::CreateUserRequest { request_id: request_id.clone(), ..create(user("alice")) };
+    let id = client.create_user(request).await.unwrap().into_inner().user.unwrap().id;
+    let nobody = new_request_id();
+    let update = pb::UpdateUserRequest { request_id: request_id.clone(), ..rename(&nobody, "x") };
+    assert_refused(client.update_user(update).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    let delete_nobody =
+        pb::DeleteUserRequest { request_id: request_id.clone(), allow_missing: true, ..delete(&nobody) };
+    assert_refused(client.delete_user(delete_nobody).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    for id in [nobody, id.clone()] {
+        client.delete_user(pb::DeleteUserRequest { allow_missing: true, ..delete(&id) }).await.unwrap();
+        let undelete = pb::UndeleteUserRequest { id, request_id: request_id.clone(), ..Default::default() };
+        assert_refused(client.undelete_user(undelete).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    }
+    // Once its user is gone, what it was for is not known any more.
+    client.expunge_user(expunge(&id)).await.unwrap();
+    let again = pb::ExpungeUserRequest { request_id, ..expunge(&id) };
+    assert_refused(client.expunge_user(again).await, Code::NotFound, "USER_NOT_FOUND");
+}
+
+#[tokio::test]
+async fn a_retried_create_does_not_bring_an_erased_user_back() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
+    let id = client.create_user(request.clone()).await.unwrap().into_inner().user.unwrap().id;
+    client.expunge_user(expunge(&id)).await.unwrap();
+    assert_refused(client.create_user(request).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_eq!(database.count("select count(*) from users").await, 0);
+}
+
+#[tokio::test]
+async fn a_retried_undelete_does_not_undelete_who_was_deleted_again() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let id = created(&mut client, "alice").await.id;
+    client.delete_user(delete(&id)).await.unwrap();
+    let undelete =
+        pb::UndeleteUserRequest { id: id.clone(), request_id: new_request_id(), ..Default::default() };
+    client.undelete_user(undelete.clone()).await.unwrap();
+    client.delete_user(delete(&id)).await.unwrap();
+    let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
+    assert!(user.delete_time.is_some() && user.revision == 4);
+    // A record that has expired is none.
+    database.connect().await.batch_execute("update requests set expire_time = now()").await.unwrap();
+    let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
+    assert!(user.delete_time.is_none() && user.revision == 5);
+    database.connect().await.batch_execute("update requests set expire_time = now()").await.unwrap();
+    assert_refused(client.undelete_user(undelete).await, Code::FailedPrecondition, "USER_NOT_DELETED");
+}
+
+#[tokio::test]
+async fn the_same_request_about_the_same_data_has_another_fingerprint_for_another_user() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let [id, first, second, third] = [(); 4].map(|()| new_request_id());
+    let mut fingerprints = std::collections::HashSet::new();
+    for _ in 0..2 {
+        let user = pb::User { id: id.clone(), ..user("alice") };
+        client
+            .create_user(pb::CreateUserRequest { request_id: first.clone(), ..create(user) })
+            .await
+            .unwrap();
+        let update = pb::UpdateUserRequest { request_id: second.clone(), ..rename(&id, "New") };
+        client.update_user(update).await.unwrap();
+        client.delete_user(delete(&id)).await.unwrap();
+        let undelete =
+            pb::UndeleteUserRequest { id: id.clone(), request_id: third.clone(), ..Default::default() };
+        client.undelete_user(undelete).await.unwrap();
+        let admin = database.connect().await;
+        let rows = admin.query("select fingerprint from requests", &[]).await.unwrap();
+        fingerprints.extend(rows.iter().map(|row| row.get::<_, Vec<u8>>(0)));
+        client.expunge_user(expunge(&id)).await.unwrap();
+        admin.batch_execute("delete from requests").await.unwrap();
+    }
+    assert_eq!(fingerprints.len(), 6);
+}

@@ -130,11 +130,12 @@ async fn what_does_not_finish_within_the_grace_is_cancelled() {
     let holder = database.connect().await;
     holder.batch_execute("begin; select from users for update").await.unwrap();
     let stuck = tokio::spawn(async move { client.update_user(rename(&id, "New")).await });
-    let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-    eventually("it waits for the row", async || (database.count(waiting).await == 1).then_some(())).await;
+    eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
+    let asked = Instant::now();
     server.signal("TERM");
     assert!(server.ended().await.success());
-    assert_eq!(database.count(waiting).await, 0);
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    assert_eq!(database.count(WAITING).await, 0);
     stuck.await.unwrap().unwrap_err();
 }
 
@@ -175,6 +176,18 @@ async fn a_connection_that_says_too_little_is_closed_after_a_while() {
 }
 
 #[tokio::test]
+async fn a_connection_that_has_not_spoken_yet_does_not_keep_the_service() {
+    let (mut server, _) = server().await;
+    let _silent = TcpStream::connect(&server.addr).await.unwrap();
+    // Connections are accepted in their order.
+    server.client().await.get_user(by_id(&new_request_id())).await.unwrap_err();
+    let asked = Instant::now();
+    server.signal("TERM");
+    assert!(server.ended().await.success());
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+}
+
+#[tokio::test]
 async fn a_busy_pool_is_no_reason_not_to_be_ready() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("POOL_SIZE", "2")]).await;
@@ -188,8 +201,7 @@ async fn a_busy_pool_is_no_reason_not_to_be_ready() {
             tokio::spawn(async move { client.update_user(rename(&id, "New")).await })
         })
         .collect();
-    let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-    eventually("all connections wait", async || (database.count(waiting).await == 2).then_some(())).await;
+    eventually("all connections wait", async || (database.count(WAITING).await == 2).then_some(())).await;
     // The health is looked at twice a second; three seconds would show it.
     let mut health = HealthClient::new(server.channel().await);
     let mut watch = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();

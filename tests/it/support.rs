@@ -277,6 +277,17 @@ pub async fn eventually<T>(what: &str, mut poll: impl AsyncFnMut() -> Option<T>)
     }
 }
 
+/// How many of the database's sessions wait for a lock.
+pub const WAITING: &str =
+    "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+
+/// Ends all of the service's sessions.
+pub async fn terminate_backends(database: &Database) -> i64 {
+    let terminate = "select count(pg_terminate_backend(pid)) from pg_stat_activity
+        where datname = current_database() and application_name = 'user-service'";
+    database.count(terminate).await
+}
+
 // ------------------------------------------------------------------- requests
 
 /// A user to create; the name is made unmistakable in logs.

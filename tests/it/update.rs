@@ -170,6 +170,11 @@ async fn update_time_never_goes_back() {
     let ahead = client.get_user(by_id(&user.id)).await.unwrap().into_inner().user.unwrap();
     let after = client.update_user(rename(&user.id, "New")).await.unwrap().into_inner().user.unwrap();
     assert_eq!((after.update_time, after.revision), (ahead.update_time, 2));
+    let deleted = client.delete_user(delete(&user.id)).await.unwrap().into_inner().user.unwrap();
+    assert_eq!((deleted.update_time, deleted.revision), (ahead.update_time, 3));
+    let undelete = pb::UndeleteUserRequest { id: user.id, ..Default::default() };
+    let back = client.undelete_user(undelete).await.unwrap().into_inner().user.unwrap();
+    assert_eq!((back.update_time, back.revision), (ahead.update_time, 4));
 }
 
 #[tokio::test]
