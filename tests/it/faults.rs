@@ -73,7 +73,8 @@ async fn a_connection_that_breaks_during_a_change_leaves_the_outcome_open_and_th
     proxy.cut();
     let status = call.await.unwrap().unwrap_err();
     assert_eq!(assert_passing(&status), "OUTCOME_UNKNOWN");
-    client.create_user(request).await.unwrap();
+    // The retry may meet another of the connections that were cut, and is made again.
+    eventually("the retry goes through", async || client.create_user(request.clone()).await.ok()).await;
     assert_eq!(database.count(count).await, 1);
 }
 
@@ -100,7 +101,8 @@ async fn a_change_that_was_not_committed_when_its_connection_broke_can_be_made_a
     // It looks once a second; the statement itself could go on for 30.
     assert!(cut.elapsed() < Duration::from_secs(10), "{:?}", cut.elapsed());
     holder.batch_execute("rollback").await.unwrap();
-    let user = client.update_user(request).await.unwrap().into_inner().user.unwrap();
+    let retry = async || client.clone().update_user(request.clone()).await.ok();
+    let user = eventually("the retry goes through", retry).await.into_inner().user.unwrap();
     assert_eq!((user.revision, user.display_name.as_str()), (2, "New"));
 }
 
