@@ -11,7 +11,6 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
-use tower::util::BoxCloneSyncService;
 
 use crate::{
     config::{Config, Grouping},
@@ -19,7 +18,7 @@ use crate::{
     embedded::Embedded,
     group::Limits,
     grouped, health, list, pb, purge,
-    server::{self, NamedService, Services},
+    server::{self, NamedService},
     service::Users,
     telemetry::describe,
     users,
@@ -171,7 +170,7 @@ fn statements() -> Vec<&'static str> {
     [users::STATEMENTS, grouped::STATEMENTS, list::STATEMENTS, purge::STATEMENTS].concat()
 }
 
-fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Services> {
+fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Vec<NamedService>> {
     let health = HealthService::from_health_reporter(reporter.clone());
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -179,30 +178,28 @@ fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Services>
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
-    let named = |name, service, has_streams| NamedService { name, service, has_streams };
-    let services = [
-        named(
-            pb::user_service_server::SERVICE_NAME,
-            BoxCloneSyncService::new(pb::user_service_server::UserServiceServer::new(users)),
-            false,
-        ),
-        named(
-            tonic_health::pb::health_server::SERVICE_NAME,
-            BoxCloneSyncService::new(tonic_health::pb::health_server::HealthServer::new(health)),
-            true,
-        ),
-        named(
-            "grpc.reflection.v1.ServerReflection",
-            BoxCloneSyncService::new(reflection().build_v1()?),
-            true,
-        ),
-        named(
-            "grpc.reflection.v1alpha.ServerReflection",
-            BoxCloneSyncService::new(reflection().build_v1alpha()?),
-            true,
-        ),
-    ];
-    Ok(Services(services.into()))
+    Ok(vec![
+        NamedService {
+            name: pb::user_service_server::SERVICE_NAME,
+            service: Box::new(pb::user_service_server::UserServiceServer::new(users)),
+            streams: &[],
+        },
+        NamedService {
+            name: tonic_health::pb::health_server::SERVICE_NAME,
+            service: Box::new(tonic_health::pb::health_server::HealthServer::new(health)),
+            streams: &["Watch"],
+        },
+        NamedService {
+            name: "grpc.reflection.v1.ServerReflection",
+            service: Box::new(reflection().build_v1()?),
+            streams: &["ServerReflectionInfo"],
+        },
+        NamedService {
+            name: "grpc.reflection.v1alpha.ServerReflection",
+            service: Box::new(reflection().build_v1alpha()?),
+            streams: &["ServerReflectionInfo"],
+        },
+    ])
 }
 
 /// Starts a task that ends with an error, or when it is told to stop.

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{FutureExt, stream};
+use futures_util::{FutureExt, future::BoxFuture, stream};
 use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::{
@@ -29,7 +29,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body};
-use tower::{ServiceExt, util::BoxCloneSyncService};
+use tower_service::Service;
 
 use crate::{
     config::Config,
@@ -55,29 +55,55 @@ const MAX_PENDING_RESETS: usize = 20;
 const MAX_ERROR_RESETS: usize = 1024;
 const MAX_HEADER_OCTETS: u32 = 16 * 1024;
 
-/// A gRPC service, as tonic generates it.
-pub type Service = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
+/// What a service makes of a call.
+type Answering = BoxFuture<'static, Result<Response<Body>, Infallible>>;
 
-/// The services. The first one also answers what no service has.
-#[derive(Clone)]
-pub struct Services(pub Arc<[NamedService]>);
+/// A gRPC service, as tonic generates it: always ready, and cheap to clone.
+pub trait GrpcService: Send + Sync {
+    /// Begins to answer a call.
+    fn call(&self, request: Request<Body>) -> Answering;
+}
+
+impl<S> GrpcService for S
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future = Answering>,
+    S: Clone + Send + Sync,
+{
+    fn call(&self, request: Request<Body>) -> Answering {
+        Service::call(&mut self.clone(), request)
+    }
+}
 
 /// A service under its full name.
 pub struct NamedService {
     /// Such as `users.v1.UserService`.
     pub name: &'static str,
     /// Itself.
-    pub service: Service,
-    /// Whether it has streams that go on until somebody ends them.
-    pub has_streams: bool,
+    pub service: Box<dyn GrpcService>,
+    /// Its methods whose streams go on until somebody ends them.
+    pub streams: &'static [&'static str],
+}
+
+/// What every call needs.
+struct Shared {
+    /// The first one also answers what no service has.
+    services: Vec<NamedService>,
+    call_timeout: Duration,
+    stop: CancellationToken,
 }
 
 /// Accepts connections until `stop`. Then running calls may finish, for as long as
 /// the grace lasts; what still runs then is dropped.
-pub async fn serve(listener: TcpListener, services: Services, config: &Config, stop: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    services: Vec<NamedService>,
+    config: &Config,
+    stop: CancellationToken,
+) {
+    let call_timeout = Duration::from_millis(config.call_timeout_ms);
+    let shared = Arc::new(Shared { services, call_timeout, stop });
     let places = Arc::new(Semaphore::new(config.max_connections));
     let max_age = Duration::from_millis(config.max_connection_age_ms);
-    let call_timeout = Duration::from_millis(config.call_timeout_ms);
     let mut http = http2::Builder::new(TokioExecutor::new());
     http.timer(TokioTimer::new())
         .max_concurrent_streams(u32::try_from(config.max_streams_per_connection).ok())
@@ -91,7 +117,7 @@ pub async fn serve(listener: TcpListener, services: Services, config: &Config, s
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
-            () = stop.cancelled() => break,
+            () = shared.stop.cancelled() => break,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
@@ -106,9 +132,9 @@ pub async fn serve(listener: TcpListener, services: Services, config: &Config, s
             tracing::warn!(max_connections = config.max_connections, "connection refused: too many");
             continue;
         };
-        let (http, services, stop) = (http.clone(), services.clone(), stop.clone());
+        let (http, shared) = (http.clone(), Arc::clone(&shared));
         connections.spawn(async move {
-            serve_connection(stream, http, services, call_timeout, jittered(max_age), stop).await;
+            serve_connection(stream, http, shared, jittered(max_age)).await;
             drop(place);
         });
     }
@@ -124,10 +150,8 @@ pub async fn serve(listener: TcpListener, services: Services, config: &Config, s
 async fn serve_connection(
     stream: TcpStream,
     http: http2::Builder<TokioExecutor>,
-    services: Services,
-    call_timeout: Duration,
+    shared: Arc<Shared>,
     max_age: Duration,
-    stop: CancellationToken,
 ) {
     tokio::select! {
         greeted = time::timeout(PREFACE_TIMEOUT, greets(&stream)) => {
@@ -135,18 +159,18 @@ async fn serve_connection(
                 return;
             }
         }
-        () = stop.cancelled() => return,
+        () = shared.stop.cancelled() => return,
     }
     // Small answers must not wait for the one before to be acknowledged.
     let _ = stream.set_nodelay(true);
     let service = service_fn(|request| {
-        let (services, stop) = (services.clone(), stop.clone());
-        async move { Ok::<_, Infallible>(call(services, request, call_timeout, stop).await) }
+        let shared = Arc::clone(&shared);
+        async move { Ok::<_, Infallible>(call(&shared, request).await) }
     });
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = async { tokio::select! { () = time::sleep(max_age) => {} () = stop.cancelled() => {} } } => {
+        () = async { tokio::select! { () = time::sleep(max_age) => {} () = shared.stop.cancelled() => {} } } => {
             // GOAWAY: what runs goes on, what is new goes elsewhere.
             connection.as_mut().graceful_shutdown();
             connection.await
@@ -178,18 +202,13 @@ fn jittered(duration: Duration) -> Duration {
 }
 
 /// One call, with everything that can befall it turned into an answer.
-async fn call(
-    services: Services,
-    request: Request<Incoming>,
-    max_timeout: Duration,
-    stop: CancellationToken,
-) -> Response<Body> {
+async fn call(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
     let mut record = CallRecord::new(request.uri().path());
     let response = match timeout_of(request.headers()) {
         _ if !is_grpc(request.headers()) => unsupported_media_type(),
         Ok(timeout) => {
-            let timeout = timeout.unwrap_or(max_timeout).min(max_timeout);
-            answer(services, request.map(Body::new), timeout, stop).await
+            let timeout = timeout.map_or(shared.call_timeout, |timeout| timeout.min(shared.call_timeout));
+            answer(shared, request.map(Body::new), timeout).await
         }
         Err(error) => Status::from(error).into_http(),
     };
@@ -263,24 +282,23 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 /// Hands the call to its service. Whatever the service does not do itself happens
 /// here: the deadline, under which the service's future is dropped and cleans up
 /// after itself, and a panic, which costs this call and no other.
-async fn answer(
-    services: Services,
-    request: Request<Body>,
-    timeout: Duration,
-    stop: CancellationToken,
-) -> Response<Body> {
-    let name = request.uri().path().split('/').nth(1).unwrap_or_default();
-    let found = services.0.iter().find(|service| service.name == name).or_else(|| services.0.first());
-    let Some(NamedService { service, has_streams, .. }) = found else {
+async fn answer(shared: &Shared, request: Request<Body>, timeout: Duration) -> Response<Body> {
+    let mut path = request.uri().path().split('/').skip(1);
+    let (name, method) = (path.next().unwrap_or_default(), path.next().unwrap_or_default());
+    let found = shared.services.iter().find(|service| service.name == name);
+    let Some(NamedService { service, streams, .. }) = found.or_else(|| shared.services.first()) else {
         return Status::from(Error::Internal).into_http();
     };
-    let request = match has_streams {
-        true => request.map(|body| until_stopped(body, stop.clone(), None)),
+    let is_stream = streams.contains(&method);
+    let request = match is_stream {
+        true => request.map(|body| until_stopped(body, shared.stop.clone(), None)),
         false => request,
     };
-    let work = AssertUnwindSafe(service.clone().oneshot(request)).catch_unwind();
+    let work = AssertUnwindSafe(service.call(request)).catch_unwind();
     match time::timeout(timeout, work).await {
-        Ok(Ok(Ok(response))) if *has_streams => response.map(|body| until_stopped(body, stop, stopping())),
+        Ok(Ok(Ok(response))) if is_stream => {
+            response.map(|body| until_stopped(body, shared.stop.clone(), stopping()))
+        }
         Ok(Ok(Ok(response))) => explained(response),
         Ok(Err(panic)) => {
             tracing::error!(panic = panic_message(panic.as_ref()), "a call panicked");
@@ -345,6 +363,8 @@ impl Drop for CallRecord {
 
 #[cfg(test)]
 mod tests {
+    use std::task::{Context, Poll};
+
     use tonic_types::StatusExt;
 
     use super::*;
@@ -371,15 +391,36 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_costs_one_call_and_says_nothing_of_its_cause() {
-        let service = tower::service_fn(|request: Request<Body>| async move {
-            assert!(request.uri().path() != "/test/panic", "a secret");
-            Ok::<_, Infallible>(Response::new(Body::default()))
-        });
-        let service = BoxCloneSyncService::new(service);
-        let services = Services([NamedService { name: "test", service, has_streams: false }].into());
+        #[derive(Clone)]
+        struct Panics;
+
+        impl Service<Request<Body>> for Panics {
+            type Response = Response<Body>;
+            type Error = Infallible;
+            type Future = Answering;
+
+            fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+                Poll::Ready(Ok(()))
+            }
+
+            fn call(&mut self, request: Request<Body>) -> Answering {
+                let answer = async move {
+                    assert!(request.uri().path() != "/test/panic", "a secret");
+                    Ok(Response::new(Body::default()))
+                };
+                answer.boxed()
+            }
+        }
+
+        let named = NamedService { name: "test", service: Box::new(Panics), streams: &[] };
+        let shared = Shared {
+            services: vec![named],
+            call_timeout: Duration::from_secs(1),
+            stop: CancellationToken::new(),
+        };
         let ask = |path| {
             let request = Request::post(path).body(Body::default()).unwrap();
-            answer(services.clone(), request, Duration::from_secs(1), CancellationToken::new())
+            answer(&shared, request, shared.call_timeout)
         };
         let response = ask("/test/panic").await;
         let status = Status::from_header_map(response.headers()).unwrap();
