@@ -22,7 +22,6 @@ use std::{
 
 use tokio::{sync::oneshot, time};
 use tokio_util::task::TaskTracker;
-use uuid::Uuid;
 
 use crate::error::Error;
 
@@ -57,7 +56,7 @@ pub enum Sharing {
     /// With all.
     All,
     /// With those that have another key.
-    Others(Uuid),
+    Others(u128),
     /// With nobody; it does not wait for a lane either.
     Nobody,
 }
@@ -121,11 +120,15 @@ impl<W: Work> Group<W> {
             // A lane that panics answers nobody.
             Entered::Line(turn) => turn.await.map_err(|_| Error::Internal)?,
         };
-        let (call, lane) = match turn {
-            Turn::Return(answer) => return answer,
-            Turn::Run(call, lane) => (call, lane),
-        };
-        let mut answer = pin!(self.work.alone(&call));
+        match turn {
+            Turn::Return(answer) => answer,
+            // In a box, because it is large, and a call that waits should not be.
+            Turn::Run(call, lane) => Box::pin(self.run_alone(&call, lane)).await,
+        }
+    }
+
+    async fn run_alone(&self, call: &W::Call, lane: Option<Lane<W>>) -> Result<W::Answer, Error> {
+        let mut answer = pin!(self.work.alone(call));
         if let Some(lane) = lane {
             if let Ok(answer) = time::timeout(LANE_TIME, answer.as_mut()).await {
                 return answer;
@@ -266,7 +269,7 @@ mod tests {
         fn sharing(call: &u128) -> Sharing {
             match call {
                 0..100 => Sharing::All,
-                100..200 => Sharing::Others(Uuid::from_u128(call % 10)),
+                100..200 => Sharing::Others(call % 10),
                 _ => Sharing::Nobody,
             }
         }

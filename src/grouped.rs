@@ -5,7 +5,11 @@
 //! meets another transaction's lock fails the group after a tenth of a second. Rows
 //! are locked in one order, so that two groups never wait for each other.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, BuildHasherDefault, DefaultHasher},
+    sync::Arc,
+};
 
 use tokio_postgres::Row;
 use uuid::Uuid;
@@ -23,27 +27,26 @@ use crate::{
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[GET, CREATE, UPDATE, DELETE];
 
-/// The calls of a group as rows, under other names than the columns of `users`.
+/// The calls of a group as rows, under other names than the columns of `users`, in
+/// the order in which they lock. Not among them are requests that were made before,
+/// alone or in another group.
 macro_rules! input {
-    ($arrays:literal, $names:literal) => {
+    ($arrays:literal, $names:literal, $order:literal) => {
         concat!(
-            "with input as materialized (
-    select i.*, uuid_send(gen_random_uuid()) as new_salt
+            "with input as (
+    select i.*
     from (select set_config('lock_timeout', '100ms', true)) as patience,
         unnest($1::uuid[], $2::bytea[], $3::uuid[], ",
             $arrays,
             ") as i (request_id, fingerprint, user_id, ",
             $names,
             ")
+    where not exists (select from requests r where r.request_id = i.request_id)
+    order by ",
+            $order,
+            "
 )"
         )
-    };
-}
-
-/// Not in a group: requests that were made before, alone or in another group.
-macro_rules! is_new_request {
-    () => {
-        "not exists (select from requests r where r.request_id = i.request_id)"
     };
 }
 
@@ -115,30 +118,34 @@ impl Work for Gets {
     }
 }
 
+/// Who asks for a username that somebody has is left out. If somebody takes it in
+/// this moment, that fails the group. (`on conflict do nothing` would not, but every
+/// row would pay for it.) What is `fresh` is created, all of it, so nothing that is
+/// written needs to be joined with what was asked.
 const CREATE: &str = concat!(
     input!(
         "$4::text[], $5::text[], $6::text[], $7::text[], $8::text[]",
-        "new_username, new_username_key, new_email, new_email_key, new_display_name"
+        "new_username, new_username_key, new_email, new_email_key, new_display_name",
+        "new_username_key"
     ),
-    ", created as (
+    ", fresh as (
+    select *, uuid_send(gen_random_uuid()) as salt from input
+    where not exists (select from users where username_key = new_username_key and username_held)
+), created as (
     insert into users (
         id, username, username_key, username_held, email, email_key, display_name,
         revision, create_time, update_time, fingerprint_salt
     )
     select user_id, new_username, new_username_key, true, new_email, new_email_key, new_display_name,
-        1, now(), now(), new_salt
-    from input i where ",
-    is_new_request!(),
-    "
-    order by new_username_key
-    on conflict do nothing
+        1, now(), now(), salt
+    from fresh
     returning ",
     user_columns!(),
-    ", fingerprint_salt as salt
+    "
 ), ",
-    record_requests!("created join input on user_id = id"),
+    record_requests!("fresh"),
     ", change as (
-    insert into user_changes (user_id, revision, kind) select id, revision, 1 from created
+    insert into user_changes (user_id, revision, kind) select user_id, 1, 1 from fresh
 )
 select ",
     user_columns!(),
@@ -153,7 +160,9 @@ impl Work for Creates {
     type Answer = pb::User;
 
     fn sharing(create: &Create) -> Sharing {
-        if create.validate_only { Sharing::Nobody } else { Sharing::Others(create.user.id) }
+        // Only one of those who ask for the same username can have it.
+        let username = BuildHasherDefault::<DefaultHasher>::default().hash_one(create.user.username.key());
+        if create.validate_only { Sharing::Nobody } else { Sharing::Others(username.into()) }
     }
 
     async fn alone(&self, create: &Create) -> Result<pb::User, Error> {
@@ -184,36 +193,34 @@ impl Work for Creates {
 }
 
 /// An update that changes nothing is left out, and one of the username never comes
-/// here: it could fail the whole group.
+/// here: it could fail the whole group. A row that somebody else changes while this
+/// waits for it is looked at again; if it was not eligible before, nobody does, and
+/// the call is left out.
 const UPDATE: &str = concat!(
     input!(
         "$4::bigint[], $5::text[], $6::text[], $7::text[]",
-        "expected_revision, new_email, new_email_key, new_display_name"
+        "expected_revision, new_email, new_email_key, new_display_name",
+        "user_id"
     ),
-    ", cur as (
-    select i.*, u.fingerprint_salt as salt from input i join users u on u.id = i.user_id
-    where u.delete_time is null
-        and i.expected_revision in (0, u.revision)
-        and (u.email, u.display_name) is distinct from
-            (coalesce(i.new_email, u.email), coalesce(i.new_display_name, u.display_name))
-        and ",
-    is_new_request!(),
-    "
-    order by u.id for update of u
-), ",
-    record_requests!("cur"),
     ", updated as (
-    update users u set
-        email = coalesce(new_email, u.email),
-        email_key = coalesce(new_email_key, u.email_key),
-        display_name = coalesce(new_display_name, u.display_name),
-        revision = u.revision + 1,
-        update_time = greatest(now(), u.update_time)
-    from cur where u.id = user_id
+    update users set
+        email = coalesce(new_email, email),
+        email_key = coalesce(new_email_key, email_key),
+        display_name = coalesce(new_display_name, display_name),
+        revision = revision + 1,
+        update_time = greatest(now(), update_time)
+    from input
+    where id = user_id
+        and delete_time is null
+        and expected_revision in (0, revision)
+        and (email, display_name) is distinct from
+            (coalesce(new_email, email), coalesce(new_display_name, display_name))
     returning ",
     user_columns!(),
-    "
-), change as (
+    ", request_id, fingerprint, fingerprint_salt as salt, user_id
+), ",
+    record_requests!("updated"),
+    ", change as (
     insert into user_changes (user_id, revision, kind) select id, revision, 2 from updated
 )
 select ",
@@ -230,7 +237,7 @@ impl Work for Updates {
 
     fn sharing(update: &Update) -> Sharing {
         let is_plain = !update.validate_only && update.username.is_none();
-        if is_plain { Sharing::Others(update.id) } else { Sharing::Nobody }
+        if is_plain { Sharing::Others(update.id.as_u128()) } else { Sharing::Nobody }
     }
 
     async fn alone(&self, update: &Update) -> Result<pb::User, Error> {
@@ -253,28 +260,24 @@ impl Work for Updates {
     }
 }
 
+/// As [`UPDATE`].
 const DELETE: &str = concat!(
-    input!("$4::bigint[], $5::boolean[]", "expected_revision, release_username"),
-    ", cur as (
-    select i.*, u.fingerprint_salt as salt from input i join users u on u.id = i.user_id
-    where u.delete_time is null and i.expected_revision in (0, u.revision) and ",
-    is_new_request!(),
-    "
-    order by u.id for update of u
-), ",
-    record_requests!("cur"),
+    input!("$4::bigint[], $5::boolean[]", "expected_revision, release_username", "user_id"),
     ", deleted as (
-    update users u set
+    update users set
         delete_time = now(),
         purge_time = now() + interval '30 days',
         username_held = not release_username,
-        revision = u.revision + 1,
-        update_time = greatest(now(), u.update_time)
-    from cur where u.id = user_id
+        revision = revision + 1,
+        update_time = greatest(now(), update_time)
+    from input
+    where id = user_id and delete_time is null and expected_revision in (0, revision)
     returning ",
     user_columns!(),
-    "
-), change as (
+    ", request_id, fingerprint, fingerprint_salt as salt, user_id
+), ",
+    record_requests!("deleted"),
+    ", change as (
     insert into user_changes (user_id, revision, kind) select id, revision, 3 from deleted
 )
 select ",
@@ -290,7 +293,7 @@ impl Work for Deletes {
     type Answer = Option<pb::User>;
 
     fn sharing(delete: &Delete) -> Sharing {
-        if delete.validate_only { Sharing::Nobody } else { Sharing::Others(delete.id) }
+        if delete.validate_only { Sharing::Nobody } else { Sharing::Others(delete.id.as_u128()) }
     }
 
     async fn alone(&self, delete: &Delete) -> Result<Option<pb::User>, Error> {

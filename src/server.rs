@@ -4,6 +4,7 @@
 use std::{
     any::Any,
     convert::Infallible,
+    future::{Future, ready},
     hash::{BuildHasher, RandomState},
     io,
     panic::AssertUnwindSafe,
@@ -106,6 +107,7 @@ pub async fn serve(
     let max_age = Duration::from_millis(config.max_connection_age_ms);
     let mut http = http2::Builder::new(TokioExecutor::new());
     http.timer(TokioTimer::new())
+        .auto_date_header(false)
         .max_concurrent_streams(u32::try_from(config.max_streams_per_connection).ok())
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
         .max_local_error_reset_streams(MAX_ERROR_RESETS)
@@ -163,10 +165,7 @@ async fn serve_connection(
     }
     // Small answers must not wait for the one before to be acknowledged.
     let _ = stream.set_nodelay(true);
-    let service = service_fn(|request| {
-        let shared = Arc::clone(&shared);
-        async move { Ok::<_, Infallible>(call(&shared, request).await) }
-    });
+    let service = service_fn(|request| call(Arc::clone(&shared), request).map(Ok::<_, Infallible>));
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -201,21 +200,71 @@ fn jittered(duration: Duration) -> Duration {
     duration.mul_f64(percent as f64 / 100.0)
 }
 
-/// One call, with everything that can befall it turned into an answer.
-async fn call(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
+/// One call, with everything that can befall it turned into an answer. The request
+/// goes to its service before anything is awaited, so that a call under way is no
+/// larger than what it waits for.
+fn call(shared: Arc<Shared>, request: Request<Incoming>) -> impl Future<Output = Response<Body>> {
     let mut record = CallRecord::new(request.uri().path());
-    let response = match timeout_of(request.headers()) {
-        _ if !is_grpc(request.headers()) => unsupported_media_type(),
-        Ok(timeout) => {
-            let timeout = timeout.map_or(shared.call_timeout, |timeout| timeout.min(shared.call_timeout));
-            answer(shared, request.map(Body::new), timeout).await
+    let begun = begin(&shared, request.map(Body::new));
+    async move {
+        let response = begun.answer(&shared).await;
+        if let Some(record) = &mut record {
+            record.status = Some(status_of(&response));
         }
-        Err(error) => Status::from(error).into_http(),
-    };
-    if let Some(record) = &mut record {
-        record.status = Some(status_of(&response));
+        response
     }
-    response
+}
+
+/// A call under way.
+struct Begun {
+    answering: Answering,
+    timeout: Duration,
+    is_stream: bool,
+}
+
+/// Hands a call to its service, or refuses it.
+fn begin(shared: &Shared, request: Request<Body>) -> Begun {
+    let timeout = shared.call_timeout;
+    let refuse = |response| Begun { answering: ready(Ok(response)).boxed(), timeout, is_stream: false };
+    if !is_grpc(request.headers()) {
+        return refuse(unsupported_media_type());
+    }
+    let timeout = match timeout_of(request.headers()) {
+        Ok(asked) => asked.map_or(timeout, |asked| asked.min(timeout)),
+        Err(error) => return refuse(Status::from(error).into_http()),
+    };
+    let mut path = request.uri().path().split('/').skip(1);
+    let (name, method) = (path.next().unwrap_or_default(), path.next().unwrap_or_default());
+    let found = shared.services.iter().find(|service| service.name == name);
+    let Some(NamedService { service, streams, .. }) = found.or_else(|| shared.services.first()) else {
+        return refuse(Status::from(Error::Internal).into_http());
+    };
+    let is_stream = streams.contains(&method);
+    let request = match is_stream {
+        true => request.map(|body| until_stopped(body, shared.stop.clone(), None)),
+        false => request,
+    };
+    Begun { answering: service.call(request), timeout, is_stream }
+}
+
+impl Begun {
+    /// Whatever the service does not do itself happens here: the deadline, under
+    /// which the service's future is dropped and cleans up after itself, and a
+    /// panic, which costs this call and no other.
+    async fn answer(self, shared: &Shared) -> Response<Body> {
+        let answering = AssertUnwindSafe(self.answering).catch_unwind();
+        match time::timeout(self.timeout, answering).await {
+            Ok(Ok(Ok(response))) if self.is_stream => {
+                response.map(|body| until_stopped(body, shared.stop.clone(), stopping()))
+            }
+            Ok(Ok(Ok(response))) => explained(response),
+            Ok(Err(panic)) => {
+                tracing::error!(panic = panic_message(panic.as_ref()), "a call panicked");
+                Status::from(Error::Internal).into_http()
+            }
+            Err(_) => Status::from(Error::DeadlineExceeded).into_http(),
+        }
+    }
 }
 
 /// One direction of a stream, which ends when the server stops: with `trailers`, if
@@ -277,35 +326,6 @@ fn parse_timeout(text: &str) -> Option<Duration> {
         "n" => Duration::from_nanos(amount),
         _ => return None,
     })
-}
-
-/// Hands the call to its service. Whatever the service does not do itself happens
-/// here: the deadline, under which the service's future is dropped and cleans up
-/// after itself, and a panic, which costs this call and no other.
-async fn answer(shared: &Shared, request: Request<Body>, timeout: Duration) -> Response<Body> {
-    let mut path = request.uri().path().split('/').skip(1);
-    let (name, method) = (path.next().unwrap_or_default(), path.next().unwrap_or_default());
-    let found = shared.services.iter().find(|service| service.name == name);
-    let Some(NamedService { service, streams, .. }) = found.or_else(|| shared.services.first()) else {
-        return Status::from(Error::Internal).into_http();
-    };
-    let is_stream = streams.contains(&method);
-    let request = match is_stream {
-        true => request.map(|body| until_stopped(body, shared.stop.clone(), None)),
-        false => request,
-    };
-    let work = AssertUnwindSafe(service.call(request)).catch_unwind();
-    match time::timeout(timeout, work).await {
-        Ok(Ok(Ok(response))) if is_stream => {
-            response.map(|body| until_stopped(body, shared.stop.clone(), stopping()))
-        }
-        Ok(Ok(Ok(response))) => explained(response),
-        Ok(Err(panic)) => {
-            tracing::error!(panic = panic_message(panic.as_ref()), "a call panicked");
-            Status::from(Error::Internal).into_http()
-        }
-        Err(_) => Status::from(Error::DeadlineExceeded).into_http(),
-    }
 }
 
 /// tonic's own answers to messages that it cannot read lack what our contract
@@ -419,8 +439,8 @@ mod tests {
             stop: CancellationToken::new(),
         };
         let ask = |path| {
-            let request = Request::post(path).body(Body::default()).unwrap();
-            answer(&shared, request, shared.call_timeout)
+            let request = Request::post(path).header(CONTENT_TYPE, "application/grpc");
+            begin(&shared, request.body(Body::default()).unwrap()).answer(&shared)
         };
         let response = ask("/test/panic").await;
         let status = Status::from_header_map(response.headers()).unwrap();

@@ -1,6 +1,6 @@
 //! One function an rpc: parse, call, answer.
 
-use std::{future::Future, sync::Arc};
+use std::sync::Arc;
 
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
@@ -41,106 +41,78 @@ impl Users {
 
 type Answer<T> = Result<Response<T>, Status>;
 
-/// Runs what an rpc does, in which every failure is an [`Error`].
-async fn answer<T>(work: impl Future<Output = Result<T, Error>>) -> Answer<T> {
-    Ok(Response::new(work.await?))
-}
-
 #[tonic::async_trait]
 impl pb::user_service_server::UserService for Users {
     async fn create_user(&self, request: Request<pb::CreateUserRequest>) -> Answer<pb::CreateUserResponse> {
-        answer(async {
-            let create = Create::parse(request.into_inner())?;
-            let user = self.creates.run(create).await?;
-            Ok(pb::CreateUserResponse { user: Some(user) })
-        })
-        .await
+        let create = Create::parse(request.into_inner())?;
+        let user = self.creates.run(create).await?;
+        Ok(Response::new(pb::CreateUserResponse { user: Some(user) }))
     }
 
     async fn get_user(&self, request: Request<pb::GetUserRequest>) -> Answer<pb::GetUserResponse> {
-        answer(async {
-            let request = request.into_inner();
-            let user = self.gets.run(UserKey::parse(request.key)?).await?;
-            let not_modified = user.revision == request.if_revision_not;
-            Ok(pb::GetUserResponse { user: (!not_modified).then_some(user), not_modified })
-        })
-        .await
+        let pb::GetUserRequest { key, if_revision_not } = request.into_inner();
+        let user = self.gets.run(UserKey::parse(key)?).await?;
+        let not_modified = user.revision == if_revision_not;
+        let user = (!not_modified).then_some(user);
+        Ok(Response::new(pb::GetUserResponse { user, not_modified }))
     }
 
     async fn update_user(&self, request: Request<pb::UpdateUserRequest>) -> Answer<pb::UpdateUserResponse> {
-        answer(async {
-            let update = Update::parse(request.into_inner())?;
-            let user = self.updates.run(update).await?;
-            Ok(pb::UpdateUserResponse { user: Some(user) })
-        })
-        .await
+        let update = Update::parse(request.into_inner())?;
+        let user = self.updates.run(update).await?;
+        Ok(Response::new(pb::UpdateUserResponse { user: Some(user) }))
     }
 
     async fn delete_user(&self, request: Request<pb::DeleteUserRequest>) -> Answer<pb::DeleteUserResponse> {
-        answer(async {
-            let delete = Delete::parse(request.into_inner())?;
-            let user = self.deletes.run(delete).await?;
-            Ok(pb::DeleteUserResponse { user })
-        })
-        .await
+        let delete = Delete::parse(request.into_inner())?;
+        let user = self.deletes.run(delete).await?;
+        Ok(Response::new(pb::DeleteUserResponse { user }))
     }
 
     async fn undelete_user(
         &self,
         request: Request<pb::UndeleteUserRequest>,
     ) -> Answer<pb::UndeleteUserResponse> {
-        answer(async {
-            let undelete = Undelete::parse(request.into_inner())?;
-            let user = users::undelete(&self.db, &undelete).await?;
-            Ok(pb::UndeleteUserResponse { user: Some(user) })
-        })
-        .await
+        let undelete = Undelete::parse(request.into_inner())?;
+        let user = users::undelete(&self.db, &undelete).await?;
+        Ok(Response::new(pb::UndeleteUserResponse { user: Some(user) }))
     }
 
     async fn expunge_user(
         &self,
         request: Request<pb::ExpungeUserRequest>,
     ) -> Answer<pb::ExpungeUserResponse> {
-        answer(async {
-            let expunge = Expunge::parse(request.into_inner())?;
-            let expunge_time = users::expunge(&self.db, &expunge).await?;
-            Ok(pb::ExpungeUserResponse {
-                user_id: expunge.id.to_string(),
-                expunge_time: Some(expunge_time.into()),
-            })
-        })
-        .await
+        let expunge = Expunge::parse(request.into_inner())?;
+        let expunge_time = users::expunge(&self.db, &expunge).await?;
+        Ok(Response::new(pb::ExpungeUserResponse {
+            user_id: expunge.id.to_string(),
+            expunge_time: Some(expunge_time.into()),
+        }))
     }
 
     async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> Answer<pb::ListUsersResponse> {
-        answer(async {
-            let page = Page::parse(request.get_ref())?;
-            list::list(&self.db, &page).await
-        })
-        .await
+        let page = Page::parse(request.get_ref())?;
+        Ok(Response::new(list::list(&self.db, &page).await?))
     }
 
     async fn check_username(
         &self,
         request: Request<pb::CheckUsernameRequest>,
     ) -> Answer<pb::CheckUsernameResponse> {
-        answer(async {
-            let username = request.into_inner().username;
-            if username.is_empty() {
-                return Err(Error::invalid("username", reason::FIELD_REQUIRED, "is required"));
-            }
-            let Ok(username) = Username::parse(&username) else {
-                let reason = reason::USERNAME_INVALID.to_owned();
-                return Ok(pb::CheckUsernameResponse { reason, ..Default::default() });
-            };
-            let holder = users::username_holder(&self.db, &username).await?;
-            Ok(pb::CheckUsernameResponse {
-                available: holder.is_none(),
-                canonical: username.key().to_owned(),
-                reason: holder.map_or("", |_| reason::USERNAME_TAKEN).to_owned(),
-                available_time: holder.flatten().map(Into::into),
-            })
-        })
-        .await
+        let username = request.into_inner().username;
+        if username.is_empty() {
+            return Err(Error::invalid("username", reason::FIELD_REQUIRED, "is required").into());
+        }
+        let Ok(username) = Username::parse(&username) else {
+            let reason = reason::USERNAME_INVALID.to_owned();
+            return Ok(Response::new(pb::CheckUsernameResponse { reason, ..Default::default() }));
+        };
+        let holder = users::username_holder(&self.db, &username).await?;
+        Ok(Response::new(pb::CheckUsernameResponse {
+            available: holder.is_none(),
+            canonical: username.key().to_owned(),
+            reason: holder.map_or("", |_| reason::USERNAME_TAKEN).to_owned(),
+            available_time: holder.flatten().map(Into::into),
+        }))
     }
 }

@@ -30,14 +30,18 @@ pub struct LoadArgs {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Rpc {
+    Empty,
     Get,
     Create,
+    Update,
 }
 
 pub async fn run(args: &LoadArgs) -> anyhow::Result<()> {
     let work = match args.rpc {
+        Rpc::Empty => Work::Empty,
         Rpc::Get => Work::GetById,
         Rpc::Create => Work::Create,
+        Rpc::Update => Work::Update,
     };
     let duration = Duration::from_secs_f64(args.seconds);
     let load = Load { in_flight: args.in_flight, rate: None, warm_up: duration / 10, duration };
