@@ -13,11 +13,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::{
+    batch,
     config::{Config, Grouping},
     db::{self, Db},
     embedded::Embedded,
     group::Limits,
-    grouped, health, list, pb, purge,
+    grouped, health, list, lookup, pb, purge,
     server::{self, NamedService},
     service::Users,
     telemetry::describe,
@@ -167,7 +168,15 @@ fn group_limits(config: &Config) -> Limits {
 }
 
 fn statements() -> Vec<&'static str> {
-    [users::STATEMENTS, grouped::STATEMENTS, list::STATEMENTS, purge::STATEMENTS].concat()
+    [
+        users::STATEMENTS,
+        grouped::STATEMENTS,
+        batch::STATEMENTS,
+        lookup::STATEMENTS,
+        list::STATEMENTS,
+        purge::STATEMENTS,
+    ]
+    .concat()
 }
 
 fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Vec<NamedService>> {

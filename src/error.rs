@@ -1,6 +1,9 @@
 //! What can go wrong with a call, and the one place that picks a code for it.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use tokio_postgres::error::SqlState;
 use tonic::{Code, Status};
@@ -21,13 +24,29 @@ pub mod reason {
     pub const UPDATE_MASK_INVALID: &str = "UPDATE_MASK_INVALID";
     pub const PAGE_TOKEN_INVALID: &str = "PAGE_TOKEN_INVALID";
     pub const FILTER_UNSUPPORTED: &str = "FILTER_UNSUPPORTED";
+    pub const BATCH_TOO_LARGE: &str = "BATCH_TOO_LARGE";
     pub const REQUEST_ID_REUSED: &str = "REQUEST_ID_REUSED";
+    pub const USER_ID_TAKEN: &str = "USER_ID_TAKEN";
+    pub const USER_NOT_FOUND: &str = "USER_NOT_FOUND";
+    pub const USER_DELETED: &str = "USER_DELETED";
+    pub const REVISION_MISMATCH: &str = "REVISION_MISMATCH";
+}
+
+/// An element of a list in a request, such as `items[17]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Element {
+    /// The list's name.
+    pub list: &'static str,
+    /// 0 is the first.
+    pub index: usize,
 }
 
 /// A field that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
-    /// The path of the field in the request, as in the proto.
+    /// The element that the field is in, if it is in a list.
+    pub element: Option<Element>,
+    /// The path of the field in the element or in the request, as in the proto.
     pub field: String,
     /// One of [`reason`].
     pub reason: &'static str,
@@ -40,6 +59,9 @@ pub struct Violation {
 pub enum Error {
     /// Fields were refused: all of them, never none.
     Invalid(Vec<Violation>),
+    /// Items of a batch do not go with the users that there are, or with one
+    /// another: all of them, never none.
+    Conflicts(Vec<Violation>),
     /// Somebody has the username that this field asks for.
     UsernameTaken {
         /// The field's path.
@@ -97,11 +119,21 @@ impl Access {
     }
 }
 
+impl Violation {
+    /// The path of the field in the request.
+    fn path(&self) -> String {
+        match self.element {
+            Some(Element { list, index }) => format!("{list}[{index}].{}", self.field),
+            None => self.field.clone(),
+        }
+    }
+}
+
 impl Error {
     /// One refused field.
     pub fn invalid(field: &str, reason: &'static str, description: impl Into<String>) -> Self {
         let (field, description) = (field.to_owned(), description.into());
-        Self::Invalid(vec![Violation { field, reason, description }])
+        Self::Invalid(vec![Violation { element: None, field, reason, description }])
     }
 
     /// What a failed statement means to the caller. Constraints are known by
@@ -143,20 +175,28 @@ impl Error {
         match self {
             Self::Invalid(violations) => {
                 let reason = violations.first().map_or(reason::FIELD_INVALID, |v| v.reason);
-                let list: Vec<_> =
-                    violations.iter().map(|v| format!("{}: {}", v.field, v.description)).collect();
-                (Code::InvalidArgument, reason, list.join("; "))
+                (Code::InvalidArgument, reason, message(violations))
+            }
+            Self::Conflicts(violations) => {
+                let (code, reason) = hardest(violations);
+                (code, reason, message(violations))
             }
             Self::UsernameTaken { field } => (
                 Code::AlreadyExists,
                 reason::USERNAME_TAKEN,
                 format!("{field}: another user has this username"),
             ),
-            Self::UserIdTaken => {
-                (Code::AlreadyExists, "USER_ID_TAKEN", "user.id: there is a user with this id already".into())
+            Self::UserIdTaken => (
+                Code::AlreadyExists,
+                reason::USER_ID_TAKEN,
+                "user.id: there is a user with this id already".into(),
+            ),
+            Self::UserNotFound { .. } => {
+                (Code::NotFound, reason::USER_NOT_FOUND, "there is no such user".into())
             }
-            Self::UserNotFound { .. } => (Code::NotFound, "USER_NOT_FOUND", "there is no such user".into()),
-            Self::UserDeleted => (Code::FailedPrecondition, "USER_DELETED", "the user is deleted".into()),
+            Self::UserDeleted => {
+                (Code::FailedPrecondition, reason::USER_DELETED, "the user is deleted".into())
+            }
             Self::UserNotDeleted => {
                 (Code::FailedPrecondition, "USER_NOT_DELETED", "the user is not deleted".into())
             }
@@ -167,7 +207,7 @@ impl Error {
             ),
             Self::RevisionMismatch { current } => (
                 Code::Aborted,
-                "REVISION_MISMATCH",
+                reason::REVISION_MISMATCH,
                 format!("the user has changed: its revision is {current}"),
             ),
             Self::TransactionConflict => (
@@ -218,21 +258,91 @@ pub fn is_connection_lost(state: &SqlState) -> bool {
     state.code().starts_with("08") || state.code().starts_with("57P")
 }
 
+/// The kinds of conflicts, the one that is hardest to cure first. So ABORTED says of
+/// all of them that it is enough to read the users again.
+const CONFLICTS: [(Code, &str); 5] = [
+    (Code::NotFound, reason::USER_NOT_FOUND),
+    (Code::FailedPrecondition, reason::USER_DELETED),
+    (Code::AlreadyExists, reason::USER_ID_TAKEN),
+    (Code::AlreadyExists, reason::USERNAME_TAKEN),
+    (Code::Aborted, reason::REVISION_MISMATCH),
+];
+
+fn hardest(violations: &[Violation]) -> (Code, &'static str) {
+    let is_there = |kind: &&(Code, &str)| violations.iter().any(|v| v.reason == kind.1);
+    CONFLICTS.iter().find(is_there).copied().unwrap_or((Code::Internal, "INTERNAL"))
+}
+
+/// Violations that a message names; it is for people.
+const MESSAGE_VIOLATIONS: usize = 5;
+
+fn message(violations: &[Violation]) -> String {
+    let named = violations.iter().take(MESSAGE_VIOLATIONS);
+    let mut list: Vec<_> = named.map(|v| format!("{}: {}", v.path(), v.description)).collect();
+    let more = violations.len() - list.len();
+    if more > 0 {
+        list.push(format!("and {more} more"));
+    }
+    list.join("; ")
+}
+
+/// Octets that violations and indexes may take. They travel in the answer's
+/// headers, of which many clients accept no more than 8 KiB, encoded in base64 and
+/// with the message twice: a client that gets more sees no refusal, only a broken
+/// stream.
+const REFUSAL_MAX_OCTETS: usize = 4800;
+
+/// As many violations as there is room for.
+fn field_violations(violations: &[Violation], mut room: usize) -> Vec<FieldViolation> {
+    let mut fitting = Vec::new();
+    for v in violations {
+        let out = violation(&v.path(), v.reason, &v.description);
+        // Tags and lengths of the message and its three fields.
+        let octets = out.field.len() + out.reason.len() + out.description.len() + 8;
+        let Some(left) = room.checked_sub(octets) else { break };
+        room = left;
+        fitting.push(out);
+    }
+    fitting
+}
+
+/// The indexes of all elements that were refused, under the name of their list:
+/// `3,17,20-25`.
+fn refused_elements(violations: &[Violation]) -> Option<(String, String)> {
+    let elements = || violations.iter().filter_map(|v| v.element);
+    let list = elements().next()?.list.to_owned();
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for index in elements().map(|element| element.index).collect::<BTreeSet<_>>() {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == index => *last = index,
+            _ => ranges.push((index, index)),
+        }
+    }
+    let ranges = ranges.iter().map(|(first, last)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    });
+    Some((list, ranges.collect::<Vec<_>>().join(",")))
+}
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let (code, reason, message) = error.parts();
-        let mut metadata = HashMap::new();
-        if let Error::RevisionMismatch { current } = &error {
-            metadata.insert("current_revision".to_owned(), current.to_string());
-        }
+        let metadata: HashMap<String, String> = match &error {
+            Error::RevisionMismatch { current } => [("current_revision".into(), current.to_string())].into(),
+            Error::Invalid(violations) | Error::Conflicts(violations) => {
+                refused_elements(violations).into_iter().collect()
+            }
+            _ => HashMap::new(),
+        };
+        let room = REFUSAL_MAX_OCTETS.saturating_sub(metadata.values().map(String::len).sum());
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
         if let Some(delay) = error.retry_delay() {
             details.set_retry_info(Some(delay));
         }
         match error {
-            Error::Invalid(violations) => {
-                let list = violations.iter().map(|v| violation(&v.field, v.reason, &v.description));
-                details.set_bad_request(list.collect::<Vec<_>>());
+            Error::Invalid(violations) | Error::Conflicts(violations) => {
+                details.set_bad_request(field_violations(&violations, room));
             }
             Error::UsernameTaken { field } => {
                 details.set_bad_request([violation(field, reason, "another user has this username")]);
@@ -257,4 +367,46 @@ fn violation(field: &str, reason: &str, description: &str) -> FieldViolation {
     let mut out = FieldViolation::new(field, description);
     reason.clone_into(&mut out.reason);
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn items(indexes: impl Iterator<Item = usize>) -> Vec<Violation> {
+        let violation = |index| Violation {
+            element: Some(Element { list: "items", index }),
+            field: "user.display_name".into(),
+            reason: reason::REVISION_MISMATCH,
+            description: "may have letters, digits, `.`, `_` and `-` only, or so".into(),
+        };
+        indexes.map(violation).collect()
+    }
+
+    #[test]
+    fn every_refused_element_is_named() {
+        let named = |indexes: &[usize]| refused_elements(&items(indexes.iter().copied())).unwrap().1;
+        assert_eq!(named(&[0]), "0");
+        assert_eq!(named(&[9, 3, 4, 5, 3, 7]), "3-5,7,9");
+        assert_eq!(refused_elements(&items(0..1000)), Some(("items".into(), "0-999".into())));
+        let elsewhere = items(0..1).into_iter().map(|violation| Violation { element: None, ..violation });
+        assert_eq!(refused_elements(&elsewhere.collect::<Vec<_>>()), None);
+    }
+
+    #[test]
+    fn no_refusal_is_larger_than_what_clients_accept() {
+        // All items, every second one, and as many as are often refused.
+        for indexes in [(0..1000).step_by(1), (1..1000).step_by(2), (900..937).step_by(1)] {
+            let violations = items(indexes);
+            let status = Status::from(Error::Conflicts(violations.clone()));
+            let headers = status.clone().into_http::<()>().into_parts().0.headers;
+            let octets: usize =
+                headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+            // What HTTP adds: the status and the date.
+            assert!(octets < 8192 - 150, "{octets}");
+            let details = status.get_error_details();
+            let named = details.bad_request().unwrap().field_violations.len();
+            assert!(named == violations.len() || named > 20, "{named}");
+        }
+    }
 }

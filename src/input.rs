@@ -2,6 +2,7 @@
 //! request is reported at once.
 
 use std::{
+    collections::HashSet,
     mem,
     time::{Duration, SystemTime},
 };
@@ -12,7 +13,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::{
-    error::{Error, Violation, reason},
+    error::{Element, Error, Violation, reason},
     names::{self, Email, KeyRange, Username},
     page::{Key, Order, Page, Position, Selection},
     pb,
@@ -83,6 +84,21 @@ pub struct Update {
     pub validate_only: bool,
 }
 
+/// What an update changes. What is `None` stays as it is.
+#[derive(Debug)]
+pub struct Change {
+    /// Whose.
+    pub id: Uuid,
+    /// 0 for any.
+    pub expected_revision: i64,
+    /// The new username.
+    pub username: Option<Username>,
+    /// The new e-mail address.
+    pub email: Option<Email>,
+    /// The new display name.
+    pub display_name: Option<String>,
+}
+
 /// [`pb::DeleteUserRequest`].
 #[derive(Debug)]
 pub struct Delete {
@@ -118,6 +134,48 @@ pub struct Expunge {
     pub id: Uuid,
     /// For retries.
     pub request_id: RequestId,
+}
+
+/// [`pb::LookupUsersRequest`].
+#[derive(Debug)]
+pub struct Lookup {
+    /// Whom to look for.
+    pub keys: Vec<LookupKey>,
+    /// Also among the soft-deleted.
+    pub include_deleted: bool,
+}
+
+/// A [`pb::UserKey`].
+#[derive(Debug)]
+pub enum LookupKey {
+    /// By id.
+    Id(Uuid),
+    /// By username.
+    Username(Username),
+    /// By e-mail address.
+    Email(Email),
+}
+
+/// The request of a batch: [`pb::BatchCreateUsersRequest`] with users to create,
+/// [`pb::BatchUpdateUsersRequest`] with changes, [`pb::BatchDeleteUsersRequest`]
+/// with removals.
+#[derive(Debug)]
+pub struct Batch<T> {
+    /// What to do; no user is changed or removed twice.
+    pub items: Vec<T>,
+    /// For retries.
+    pub request_id: RequestId,
+    /// Roll back.
+    pub validate_only: bool,
+}
+
+/// An item of a [`pb::BatchDeleteUsersRequest`].
+#[derive(Debug)]
+pub struct Removal {
+    /// Whom.
+    pub id: Uuid,
+    /// 0 for any.
+    pub expected_revision: i64,
 }
 
 impl Create {
@@ -156,34 +214,24 @@ impl Update {
         let request_id = mem::take(&mut request.request_id);
         let validate_only = mem::take(&mut request.validate_only);
         let request_id = fields.request_id("UpdateUser", &request_id, &request);
-        let mask = fields.update_mask(request.update_mask);
-        let user = fields.user(request.user).unwrap_or_default();
-        let expected_revision = fields.revision("user.revision", user.revision);
-        let mut update = Self {
-            id: fields.id("user.id", &user.id).unwrap_or_default(),
-            expected_revision: expected_revision.unwrap_or_default(),
-            username: None,
-            email: None,
-            display_name: None,
-            or_create: request.allow_missing.then(|| {
-                let mut fields = Fields::default();
-                let user = fields.new_user(user.clone());
-                fields.finish(user)
-            }),
-            request_id: RequestId { id: None, fingerprint: Vec::new() },
+        let or_create = request.allow_missing.then(|| {
+            let mut fields = Fields::default();
+            let user = fields.new_user(request.user.clone().unwrap_or_default());
+            fields.finish(user)
+        });
+        let change = fields.change(request.user, request.update_mask);
+        let request_id = fields.finish(request_id)?;
+        let Change { id, expected_revision, username, email, display_name } = change;
+        Ok(Self {
+            id,
+            expected_revision,
+            username,
+            email,
+            display_name,
+            or_create,
+            request_id,
             validate_only,
-        };
-        if mask.selects("username", &user.username) {
-            update.username = fields.username("user.username", &user.username);
-        }
-        if mask.selects("email", &user.email) {
-            update.email = fields.email("user.email", &user.email);
-        }
-        if mask.selects("display_name", &user.display_name) {
-            update.display_name = fields.display_name("user.display_name", user.display_name);
-        }
-        update.request_id = fields.finish(request_id)?;
-        Ok(update)
+        })
     }
 }
 
@@ -233,6 +281,76 @@ impl Expunge {
         let id = fields.id("id", &request.id);
         let (id, request_id) = fields.finish(id.zip(request_id))?;
         Ok(Self { id, request_id })
+    }
+}
+
+/// Elements of a list in a request, at most.
+pub const BATCH_SIZE_MAX: usize = 1000;
+
+impl Lookup {
+    /// Parses the request.
+    pub fn parse(request: pb::LookupUsersRequest) -> Result<Self, Error> {
+        use pb::user_key::Key;
+        let mut fields = Fields::default();
+        let keys = fields.each("keys", request.keys, |fields, key| match key.key {
+            Some(Key::Id(id)) => fields.id("id", &id).map(LookupKey::Id),
+            Some(Key::Username(username)) => fields.username("username", &username).map(LookupKey::Username),
+            Some(Key::Email(email)) => fields.email("email", &email).map(LookupKey::Email),
+            None => {
+                fields.refuse("key", reason::FIELD_REQUIRED, "give an id, a username or an e-mail address")
+            }
+        });
+        let keys = fields.finish(keys.into_iter().collect())?;
+        Ok(Self { keys, include_deleted: request.include_deleted })
+    }
+}
+
+impl Batch<NewUser> {
+    /// Parses the request.
+    pub fn parse(mut request: pb::BatchCreateUsersRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let request_id = mem::take(&mut request.request_id);
+        let validate_only = mem::take(&mut request.validate_only);
+        let request_id = fields.request_id("BatchCreateUsers", &request_id, &request);
+        let items = fields.each("items", request.items, |fields, item| {
+            let user = fields.user(item.user)?;
+            fields.new_user(user)
+        });
+        let items = items.into_iter().collect::<Option<_>>();
+        let (items, request_id) = fields.finish(items.zip(request_id))?;
+        Ok(Self { items, request_id, validate_only })
+    }
+}
+
+impl Batch<Change> {
+    /// Parses the request.
+    pub fn parse(mut request: pb::BatchUpdateUsersRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let request_id = mem::take(&mut request.request_id);
+        let validate_only = mem::take(&mut request.validate_only);
+        let request_id = fields.request_id("BatchUpdateUsers", &request_id, &request);
+        let items =
+            fields.each("items", request.items, |fields, item| fields.change(item.user, item.update_mask));
+        fields.each_once("items", "user.id", items.iter().map(|change| change.id));
+        let request_id = fields.finish(request_id)?;
+        Ok(Self { items, request_id, validate_only })
+    }
+}
+
+impl Batch<Removal> {
+    /// Parses the request.
+    pub fn parse(mut request: pb::BatchDeleteUsersRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let request_id = mem::take(&mut request.request_id);
+        let validate_only = mem::take(&mut request.validate_only);
+        let request_id = fields.request_id("BatchDeleteUsers", &request_id, &request);
+        let items = fields.each("items", request.items, |fields, item| Removal {
+            id: fields.id("id", &item.id).unwrap_or_default(),
+            expected_revision: fields.revision("revision", item.revision).unwrap_or_default(),
+        });
+        fields.each_once("items", "id", items.iter().map(|removal| removal.id));
+        let request_id = fields.finish(request_id)?;
+        Ok(Self { items, request_id, validate_only })
     }
 }
 
@@ -291,20 +409,60 @@ impl Mask {
 /// `None` when it has refused something.
 #[derive(Default)]
 struct Fields {
+    /// The element of a list whose fields they are.
+    element: Option<Element>,
     violations: Vec<Violation>,
 }
 
 impl Fields {
-    fn finish<T>(self, value: Option<T>) -> Result<T, Error> {
+    fn finish<T>(mut self, value: Option<T>) -> Result<T, Error> {
         match value {
             Some(value) if self.violations.is_empty() => Ok(value),
-            _ => Err(Error::Invalid(self.violations)),
+            _ => {
+                self.violations.sort_by_key(|violation| violation.element.map(|element| element.index));
+                Err(Error::Invalid(self.violations))
+            }
         }
+    }
+
+    /// Parses each element of a list; what is refused in it is named by its place.
+    fn each<I, T>(
+        &mut self,
+        list: &'static str,
+        elements: Vec<I>,
+        mut parse: impl FnMut(&mut Self, I) -> T,
+    ) -> Vec<T> {
+        if elements.is_empty() {
+            self.refuse::<()>(list, reason::FIELD_REQUIRED, "is required");
+        }
+        if elements.len() > BATCH_SIZE_MAX {
+            self.refuse::<()>(list, reason::BATCH_TOO_LARGE, format!("may have at most {BATCH_SIZE_MAX}"));
+            return Vec::new();
+        }
+        let mut parsed = Vec::with_capacity(elements.len());
+        for (index, element) in elements.into_iter().enumerate() {
+            self.element = Some(Element { list, index });
+            parsed.push(parse(self, element));
+        }
+        self.element = None;
+        parsed
+    }
+
+    /// Refuses each element with an id that another one has, too. Ids that were
+    /// refused themselves are nil.
+    fn each_once(&mut self, list: &'static str, field: &str, ids: impl Iterator<Item = Uuid> + Clone) {
+        let (mut seen, mut repeated) = (HashSet::new(), HashSet::new());
+        repeated.extend(ids.clone().filter(|id| !id.is_nil() && !seen.insert(*id)));
+        for (index, _) in ids.enumerate().filter(|(_, id)| repeated.contains(id)) {
+            self.element = Some(Element { list, index });
+            self.refuse::<()>(field, reason::FIELD_INVALID, "another item has this id, too");
+        }
+        self.element = None;
     }
 
     fn refuse<T>(&mut self, field: &str, reason: &'static str, what: impl Into<String>) -> Option<T> {
         let (field, description) = (field.to_owned(), what.into());
-        self.violations.push(Violation { field, reason, description });
+        self.violations.push(Violation { element: self.element, field, reason, description });
         None
     }
 
@@ -351,6 +509,31 @@ impl Fields {
         let email = self.email("user.email", &user.email);
         let display_name = self.display_name("user.display_name", user.display_name);
         Some(NewUser { id: id?, username: username?, email: email?, display_name: display_name? })
+    }
+
+    /// What is refused has a value here all the same: it does not get past
+    /// [`Fields::finish`].
+    fn change(&mut self, user: Option<pb::User>, mask: Option<FieldMask>) -> Change {
+        let mask = self.update_mask(mask);
+        let user = self.user(user).unwrap_or_default();
+        let expected_revision = self.revision("user.revision", user.revision);
+        let mut change = Change {
+            id: self.id("user.id", &user.id).unwrap_or_default(),
+            expected_revision: expected_revision.unwrap_or_default(),
+            username: None,
+            email: None,
+            display_name: None,
+        };
+        if mask.selects("username", &user.username) {
+            change.username = self.username("user.username", &user.username);
+        }
+        if mask.selects("email", &user.email) {
+            change.email = self.email("user.email", &user.email);
+        }
+        if mask.selects("display_name", &user.display_name) {
+            change.display_name = self.display_name("user.display_name", user.display_name);
+        }
+        change
     }
 
     fn username(&mut self, field: &str, text: &str) -> Option<Username> {

@@ -22,7 +22,7 @@
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
 //! | [`service`] | the rpcs, a few lines each |
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
-//! | [`users`], [`grouped`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
+//! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
 //! | [`group`] | the gathering of calls, whatever they are about |
 //! | [`db`] | the pool, what every statement goes through, the migrations |
 //! | [`embedded`] | the private PostgreSQL, when `DATABASE_URL` is unset |
@@ -31,8 +31,8 @@
 //!
 //! # What always holds
 //!
-//! - A change is one statement: request id, user row and change log are written
-//!   together or not at all. Nothing is read first and written later.
+//! - A change, of one user or of a thousand, is one statement: request id, user rows
+//!   and change log are written together or not at all. Nothing is read first and written later.
 //! - What was acknowledged is committed. A call whose outcome is not known says so.
 //! - A statement whose caller has gone is cancelled, and its connection discarded.
 //! - Input is refused, never repaired; what a refusal says of it does not repeat it.
@@ -47,6 +47,7 @@
 //! of a call.
 
 pub mod app;
+pub mod batch;
 pub mod config;
 pub mod db;
 pub mod embedded;
@@ -56,6 +57,7 @@ pub mod grouped;
 pub mod health;
 pub mod input;
 pub mod list;
+pub mod lookup;
 pub mod names;
 pub mod page;
 pub mod purge;

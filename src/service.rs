@@ -6,12 +6,13 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 use crate::{
+    batch,
     db::Db,
     error::{Error, reason},
     group::{Group, Limits},
     grouped::{Creates, Deletes, Gets, Updates},
-    input::{Create, Delete, Expunge, Undelete, Update, UserKey},
-    list,
+    input::{Batch, Change, Create, Delete, Expunge, Lookup, NewUser, Removal, Undelete, Update, UserKey},
+    list, lookup,
     names::Username,
     page::Page,
     pb, users,
@@ -93,6 +94,42 @@ impl pb::user_service_server::UserService for Users {
     async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> Answer<pb::ListUsersResponse> {
         let page = Page::parse(request.get_ref())?;
         Ok(Response::new(list::list(&self.db, &page).await?))
+    }
+
+    async fn lookup_users(
+        &self,
+        request: Request<pb::LookupUsersRequest>,
+    ) -> Answer<pb::LookupUsersResponse> {
+        let lookup = Lookup::parse(request.into_inner())?;
+        let results = lookup::lookup(&self.db, &lookup).await?;
+        Ok(Response::new(pb::LookupUsersResponse { results }))
+    }
+
+    async fn batch_create_users(
+        &self,
+        request: Request<pb::BatchCreateUsersRequest>,
+    ) -> Answer<pb::BatchCreateUsersResponse> {
+        let batch = Batch::<NewUser>::parse(request.into_inner())?;
+        let users = batch::create(&self.db, &batch).await?;
+        Ok(Response::new(pb::BatchCreateUsersResponse { users }))
+    }
+
+    async fn batch_update_users(
+        &self,
+        request: Request<pb::BatchUpdateUsersRequest>,
+    ) -> Answer<pb::BatchUpdateUsersResponse> {
+        let batch = Batch::<Change>::parse(request.into_inner())?;
+        let users = batch::update(&self.db, &batch).await?;
+        Ok(Response::new(pb::BatchUpdateUsersResponse { users }))
+    }
+
+    async fn batch_delete_users(
+        &self,
+        request: Request<pb::BatchDeleteUsersRequest>,
+    ) -> Answer<pb::BatchDeleteUsersResponse> {
+        let batch = Batch::<Removal>::parse(request.into_inner())?;
+        let users = batch::delete(&self.db, &batch).await?;
+        Ok(Response::new(pb::BatchDeleteUsersResponse { users }))
     }
 
     async fn check_username(

@@ -64,19 +64,25 @@ fn unreadable(error: tokio_postgres::Error) -> Error {
     Error::Internal
 }
 
-/// Records a request id: `$1`, unless it is null, for the user `$3`, with the
-/// fingerprint `$2` hashed with a salt, if there is one. No row comes back if it is recorded already: then this call
-/// is a retry. A call that waits here waits for its twin to commit or to fail.
+/// Records a request id: `$1`, unless it is null, with the fingerprint `$2` hashed
+/// with a salt, if there is one; for the user `$3`, or for a batch's first user and
+/// all of them. No row comes back if it is recorded already: then this call is a
+/// retry. A call that waits here waits for its twin to commit or to fail.
 macro_rules! record_request {
     ($salt:literal, $from:literal) => {
+        $crate::users::record_request!($salt, "$3::uuid, null::uuid[]", $from)
+    };
+    ($salt:literal, $users:literal, $from:literal) => {
         concat!(
             "request as (
-    insert into requests (request_id, fingerprint, is_salted, user_id, expire_time)
+    insert into requests (request_id, fingerprint, is_salted, user_id, user_ids, expire_time)
     select $1::uuid, coalesce(sha256($2::bytea || ",
             $salt,
             "), $2), ",
             $salt,
-            " is not null, $3::uuid, now() + interval '24 hours'
+            " is not null, ",
+            $users,
+            ", now() + interval '24 hours'
     ",
             $from,
             " where $1 is not null
@@ -84,6 +90,7 @@ macro_rules! record_request {
         fingerprint = excluded.fingerprint,
         is_salted = excluded.is_salted,
         user_id = excluded.user_id,
+        user_ids = excluded.user_ids,
         expire_time = excluded.expire_time
     where requests.expire_time <= now()
     returning request_id
@@ -91,6 +98,7 @@ macro_rules! record_request {
         )
     };
 }
+pub(crate) use record_request;
 
 /// Nothing comes back if the request is a retry.
 const CREATE: &str = concat!(
@@ -447,14 +455,16 @@ pub async fn expunge(db: &Db, expunge: &Expunge) -> Result<SystemTime, Error> {
     }
 }
 
-/// The user of an erased one's request is null.
+/// The user of an erased one's request is null. What a batch was is not the same as
+/// any call on one user.
 const REPLAY: &str = concat!(
     "select ",
     user_columns!(),
     ",
     r.user_id,
     r.expire_time - interval '24 hours',
-    r.fingerprint = case when r.is_salted then sha256($2::bytea || fingerprint_salt) else $2 end
+    r.user_ids is null
+        and r.fingerprint = case when r.is_salted then sha256($2::bytea || fingerprint_salt) else $2 end
 from requests r left join users on id = r.user_id
 where r.request_id = $1 and r.expire_time > now()"
 );

@@ -82,6 +82,19 @@ rest = call("ListUsers", page_size=2, order_by="ORDER_BY_USERNAME_ASC", page_tok
 assert [u.username for u in [*page.users, *rest.users]] == ["zqzqAlice", "zqzqbob", "zqzqeve"]
 refused(grpc.StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID", "ListUsers", page_token=page.next_page_token)
 
+# Many at once. A refusal of a thousand fits into what this client accepts as headers.
+found = call("LookupUsers", keys=[dict(email="zqzqBOB@example.com"), dict(id=user.id), dict(username="nobody")])
+assert [[u.username for u in result.users] for result in found.results] == [["zqzqbob"], ["zqzqAlice"], []]
+many = [dict(user=dict(username=f"zqzqmany{n}", email="zqzqmany@example.com")) for n in range(1000)]
+assert len(call("BatchCreateUsers", items=many).users) == 1000
+details = refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "BatchCreateUsers", items=many)
+assert details["ErrorInfo"].metadata["items"] == "0-999"
+assert details["BadRequest"].field_violations[17].field == "items[17].user.username"
+# As large as it can be: every second item is refused, and none is next to another.
+free = [item if n % 2 else dict(user=dict(item["user"], username=f"zqzqfree{n}")) for n, item in enumerate(many)]
+details = refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "BatchCreateUsers", items=free)
+assert details["ErrorInfo"].metadata["items"].split(",") == [str(n) for n in range(1, 1000, 2)]
+
 # Deleted, brought back, erased.
 assert call("DeleteUser", id=user.id).user.HasField("delete_time")
 refused(grpc.StatusCode.FAILED_PRECONDITION, "USER_DELETED", "DeleteUser", id=user.id)

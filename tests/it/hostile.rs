@@ -6,10 +6,13 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy, rt::TokioExecutor};
 use prost::Message;
 use tonic::{Code, Status};
-use user_service::pb::{self, get_user_request::Key};
+use user_service::pb::{self, get_user_request::Key, user_key};
 use uuid::Uuid;
 
-use crate::support::*;
+use crate::{
+    batch::{batch_delete, batch_update, renamed},
+    support::*,
+};
 
 /// What people send who wish us ill, or did not think.
 fn nasty() -> Vec<String> {
@@ -65,6 +68,18 @@ fn is_display_name(text: &str) -> bool {
     text.chars().count() <= 100 && !text.contains(is_hidden)
 }
 
+/// Each answer is a refusal of the field that it stands with, and of no other.
+#[track_caller]
+fn assert_all_refused(answers: Vec<(&str, Result<(), Status>)>, text: &str) {
+    for (field, answer) in answers {
+        let status = answer.expect_err(&format!("{field} accepts {text:.40?}"));
+        assert_eq!(status.code(), Code::InvalidArgument, "{field} {text:.40?}: {status:?}");
+        let fields: Vec<_> = violations(&status).into_iter().map(|(field, _)| field).collect();
+        assert_eq!(fields, [field], "{text:.40?}");
+        assert!(!status.message().contains(text) || text.len() < 4, "{field} is repeated: {status:?}");
+    }
+}
+
 #[tokio::test]
 async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
     let (server, database) = server().await;
@@ -116,13 +131,7 @@ async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
             note("id", client.expunge_user(expunge(&text)).await.map(drop));
         }
 
-        for (field, answer) in answers {
-            let status = answer.expect_err(&format!("{field} accepts {text:.40?}"));
-            assert_eq!(status.code(), Code::InvalidArgument, "{field} {text:.40?}: {status:?}");
-            let fields: Vec<_> = violations(&status).into_iter().map(|(field, _)| field).collect();
-            assert_eq!(fields, [field], "{text:.40?}");
-            assert!(!status.message().contains(&text) || text.len() < 4, "{field} is repeated: {status:?}");
-        }
+        assert_all_refused(answers, &text);
 
         let prefix = list(pb::ListUsersFilter { username_prefix: t(), ..Default::default() });
         let check =
@@ -133,6 +142,69 @@ async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
             Err(status) => assert_eq!(violations(&status)[0].0, "filter.username_prefix"),
         }
     }
+    let rows = "select (select count(*) from users) + (select count(*) from requests) + (select count(*) from user_changes)";
+    assert_eq!(database.count(rows).await, 2);
+    assert_eq!(client.get_user(by_id(&alice.id)).await.unwrap().into_inner().user, Some(alice));
+}
+
+#[tokio::test]
+async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let alice = created(&mut client, "alice").await;
+    let alices = || renamed(&alice.id, "New");
+    let lookup = |key| pb::LookupUsersRequest {
+        keys: [user_key::Key::Id(alice.id.clone()), key].map(|key| pb::UserKey { key: Some(key) }).into(),
+        include_deleted: true,
+    };
+    for text in nasty() {
+        let t = || text.clone();
+        let mut answers: Vec<(&str, Result<(), Status>)> = Vec::new();
+        let mut note = |field, answer: Result<(), Status>| answers.push((field, answer));
+
+        let request = batch_create([user("bob"), pb::User { username: t(), ..user("eve") }]);
+        note("items[1].user.username", client.batch_create_users(request).await.map(drop));
+        let request = batch_create([user("bob"), pb::User { email: t(), ..user("eve") }]);
+        note("items[1].user.email", client.batch_create_users(request).await.map(drop));
+        let request = batch_update([pb::User { username: t(), ..alices() }]);
+        note("items[0].user.username", client.batch_update_users(request).await.map(drop));
+        let request = batch_update([pb::User { email: t(), ..alices() }]);
+        note("items[0].user.email", client.batch_update_users(request).await.map(drop));
+        let request = lookup(user_key::Key::Username(t()));
+        note("keys[1].username", client.lookup_users(request).await.map(drop));
+        let request = lookup(user_key::Key::Email(t()));
+        note("keys[1].email", client.lookup_users(request).await.map(drop));
+        if !is_display_name(&text) {
+            let request = batch_create([pb::User { display_name: t(), ..user("bob") }]);
+            note("items[0].user.display_name", client.batch_create_users(request).await.map(drop));
+            let request = batch_update([renamed(&alice.id, &text)]);
+            note("items[0].user.display_name", client.batch_update_users(request).await.map(drop));
+        }
+        if Uuid::parse_str(&text).is_err() || text.len() != 36 {
+            let request = batch_create([pb::User { id: t(), ..user("bob") }]);
+            note("items[0].user.id", client.batch_create_users(request).await.map(drop));
+            let request = batch_update([alices(), renamed(&text, "New")]);
+            note("items[1].user.id", client.batch_update_users(request).await.map(drop));
+            let request = batch_delete([alice.id.as_str(), &text]);
+            note("items[1].id", client.batch_delete_users(request).await.map(drop));
+            let request = lookup(user_key::Key::Id(t()));
+            note("keys[1].id", client.lookup_users(request).await.map(drop));
+            let request = pb::BatchCreateUsersRequest { request_id: t(), ..batch_create([user("bob")]) };
+            note("request_id", client.batch_create_users(request).await.map(drop));
+            let request = pb::BatchUpdateUsersRequest { request_id: t(), ..batch_update([alices()]) };
+            note("request_id", client.batch_update_users(request).await.map(drop));
+            let request =
+                pb::BatchDeleteUsersRequest { request_id: t(), ..batch_delete([alice.id.as_str()]) };
+            note("request_id", client.batch_delete_users(request).await.map(drop));
+        }
+        assert_all_refused(answers, &text);
+    }
+    let negative = [-1, i64::MIN].map(|revision| pb::BatchDeleteUsersItem { id: new_request_id(), revision });
+    let request = pb::BatchDeleteUsersRequest { items: negative.into(), ..Default::default() };
+    let status = client.batch_delete_users(request).await;
+    let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+    let expected = [0, 1].map(|n| (format!("items[{n}].revision"), "FIELD_INVALID".to_owned()));
+    assert_eq!(violations(&status), expected);
     let rows = "select (select count(*) from users) + (select count(*) from requests) + (select count(*) from user_changes)";
     assert_eq!(database.count(rows).await, 2);
     assert_eq!(client.get_user(by_id(&alice.id)).await.unwrap().into_inner().user, Some(alice));
@@ -168,6 +240,9 @@ async fn all_violations_are_reported_at_once_in_the_order_of_the_fields() {
 async fn what_is_missing_is_named() {
     let (server, _) = server().await;
     let mut client = server.client().await;
+    let (create, update) = (pb::BatchCreateUsersItem::default(), pb::BatchUpdateUsersItem::default());
+    let nobody_to_create = pb::BatchCreateUsersRequest { items: vec![create], ..Default::default() };
+    let nobody_to_update = pb::BatchUpdateUsersRequest { items: vec![update], ..Default::default() };
     let answers = [
         ("user", client.create_user(pb::CreateUserRequest::default()).await.map(drop)),
         ("key", client.get_user(pb::GetUserRequest::default()).await.map(drop)),
@@ -182,6 +257,13 @@ async fn what_is_missing_is_named() {
         ("id", client.delete_user(pb::DeleteUserRequest::default()).await.map(drop)),
         ("id", client.undelete_user(pb::UndeleteUserRequest::default()).await.map(drop)),
         ("id", client.expunge_user(pb::ExpungeUserRequest::default()).await.map(drop)),
+        ("keys", client.lookup_users(pb::LookupUsersRequest::default()).await.map(drop)),
+        ("items", client.batch_create_users(pb::BatchCreateUsersRequest::default()).await.map(drop)),
+        ("items", client.batch_update_users(pb::BatchUpdateUsersRequest::default()).await.map(drop)),
+        ("items", client.batch_delete_users(pb::BatchDeleteUsersRequest::default()).await.map(drop)),
+        ("items[0].user", client.batch_create_users(nobody_to_create).await.map(drop)),
+        ("items[0].user", client.batch_update_users(nobody_to_update).await.map(drop)),
+        ("items[0].id", client.batch_delete_users(batch_delete([""])).await.map(drop)),
     ];
     for (field, answer) in answers {
         let status = assert_refused(answer, Code::InvalidArgument, "FIELD_REQUIRED");

@@ -11,7 +11,7 @@ use std::{
 use prost_types::Timestamp;
 use tonic::{Code, transport::Channel};
 use user_service::{
-    grouped, list, page,
+    batch, grouped, list, lookup, page,
     pb::{self, OrderBy, user_service_client::UserServiceClient},
     purge, users,
 };
@@ -339,7 +339,16 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         )
         .await
         .unwrap();
-    for sql in [users::STATEMENTS, grouped::STATEMENTS, list::STATEMENTS, purge::STATEMENTS].concat() {
+    for sql in [
+        users::STATEMENTS,
+        grouped::STATEMENTS,
+        batch::STATEMENTS,
+        lookup::STATEMENTS,
+        list::STATEMENTS,
+        purge::STATEMENTS,
+    ]
+    .concat()
+    {
         let parameters = (1..=9).filter(|n| sql.contains(&format!("${n}"))).count();
         let values = match parameters {
             0 => String::new(),
@@ -355,7 +364,7 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         let plan = plan.replace("Sort Key", "");
         let is_by_username = sql.contains("(username_key, id)");
         let plan = if is_by_username { plan.replace("Incremental Sort", "") } else { plan };
-        let is_list = sql.contains("limit $5");
+        let is_list = list::STATEMENTS.contains(&sql) && sql.contains("limit $5");
         let (scan, collect, sort) =
             (plan.contains("Seq Scan"), plan.contains("Bitmap"), plan.contains("Sort"));
         // What groups ask for has no order, and is sorted to be locked in one.
@@ -364,5 +373,10 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         let conditions = plan.lines().filter(|line| line.contains("Index Cond"));
         let ranges = conditions.filter(|line| line.contains("$1") && line.contains("$3")).count();
         assert!(!is_list || ranges == walks && walks > 0, "not from one position to another:\n{sql}\n{plan}");
+        // Whoever is asked for by a key is gone to by it.
+        let is_by_keys = [batch::STATEMENTS, lookup::STATEMENTS].concat().contains(&sql);
+        let lookups = walks + plan.matches("Index Only Scan").count();
+        let keys = plan.matches("Index Cond").count();
+        assert!(!is_by_keys || lookups == keys && keys > 0, "not by its key:\n{sql}\n{plan}");
     }
 }

@@ -10,6 +10,10 @@
     reason = "a test that cannot go on fails by panicking"
 )]
 
+mod batch;
+mod batch_model;
+mod batch_races;
+mod batch_retries;
 mod clients;
 mod create;
 mod deadlines;
@@ -18,6 +22,7 @@ mod faults;
 mod group;
 mod hostile;
 mod list;
+mod lookup;
 mod migrations;
 mod private_postgres;
 mod races;

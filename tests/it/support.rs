@@ -304,6 +304,12 @@ pub fn create(user: pb::User) -> pb::CreateUserRequest {
     pb::CreateUserRequest { user: Some(user), ..Default::default() }
 }
 
+/// Several users to create.
+pub fn batch_create(users: impl IntoIterator<Item = pb::User>) -> pb::BatchCreateUsersRequest {
+    let items = users.into_iter().map(|user| pb::BatchCreateUsersItem { user: Some(user) }).collect();
+    pb::BatchCreateUsersRequest { items, ..Default::default() }
+}
+
 pub fn by_id(id: &str) -> pb::GetUserRequest {
     let key = Some(pb::get_user_request::Key::Id(id.into()));
     pb::GetUserRequest { key, ..Default::default() }
@@ -359,6 +365,11 @@ pub fn violations(status: &Status) -> Vec<(String, String)> {
     let details = status.get_error_details();
     let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
     violations.into_iter().map(|v| (v.field, v.reason)).collect()
+}
+
+/// The elements of a list that a failure names.
+pub fn refused_elements(status: &Status, list: &str) -> String {
+    status.get_error_details().error_info().unwrap().metadata[list].clone()
 }
 
 #[track_caller]

@@ -1,0 +1,100 @@
+//! The statement that finds many users by keys of all kinds.
+
+use std::collections::HashMap;
+
+use uuid::Uuid;
+
+use crate::{
+    db::Db,
+    error::{Access, Error},
+    input::{Lookup, LookupKey},
+    pb,
+    users::{EXTRA, ID, column, user_columns, user_from_row},
+};
+
+/// Every statement of this file, for preparation.
+pub const STATEMENTS: &[&str] = &[LOOKUP];
+
+/// Users that are returned for one e-mail address, at most. With as many for each
+/// of a thousand keys, and each as large as a user can be (1 KiB), the answer still
+/// fits into the 4 MiB that clients accept.
+pub const USERS_PER_EMAIL_MAX: usize = 4;
+
+/// Each user with the key that found it, unless that was its id; of an e-mail
+/// address, one user more than are returned. Live and deleted users have indexes of
+/// their own.
+const LOOKUP: &str = concat!(
+    "select ",
+    user_columns!(),
+    ", null as username_key, null as email_key from users
+where id = any($1) and ($4::boolean or delete_time is null)
+union all
+select ",
+    user_columns!(),
+    ", username_key, null from users
+where username_key = any($2) and username_held and ($4 or delete_time is null)
+union all
+select owner.*, null, wanted.email_key from unnest($3::text[]) as wanted (email_key), lateral (
+    select ",
+    user_columns!(),
+    " from (
+        (select * from users where email_key = wanted.email_key and delete_time is null
+        order by create_time, id limit $5)
+        union all
+        (select * from users where $4 and email_key = wanted.email_key and delete_time is not null
+        order by create_time, id limit $5)
+    ) as both_walks order by create_time, id limit $5
+) as owner
+order by create_time, id"
+);
+
+/// What a user is found by: an id, or the key of a name.
+#[derive(PartialEq, Eq, Hash)]
+enum Found<'a> {
+    Id(Uuid),
+    Username(&'a str),
+    Email(&'a str),
+}
+
+impl<'a> From<&'a LookupKey> for Found<'a> {
+    fn from(key: &'a LookupKey) -> Self {
+        match key {
+            LookupKey::Id(id) => Self::Id(*id),
+            LookupKey::Username(username) => Self::Username(username.key()),
+            LookupKey::Email(email) => Self::Email(email.key()),
+        }
+    }
+}
+
+/// Returns who has each of the keys, in their order.
+pub async fn lookup(db: &Db, lookup: &Lookup) -> Result<Vec<pb::LookupUsersResult>, Error> {
+    let (mut ids, mut usernames, mut emails) = (Vec::new(), Vec::new(), Vec::new());
+    for key in &lookup.keys {
+        match key.into() {
+            Found::Id(id) => ids.push(id),
+            Found::Username(key) => usernames.push(key),
+            Found::Email(key) => emails.push(key),
+        }
+    }
+    // Each is walked to by itself, unlike what stands in an `any`.
+    emails.sort_unstable();
+    emails.dedup();
+    let limit = i64::try_from(USERS_PER_EMAIL_MAX + 1).unwrap_or(i64::MAX);
+    let rows =
+        db.run(Access::Read, LOOKUP, &[&ids, &usernames, &emails, &lookup.include_deleted, &limit]).await?;
+    let mut results: HashMap<Found<'_>, pb::LookupUsersResult> = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let found = match (column(row, EXTRA)?, column(row, EXTRA + 1)?) {
+            (Some(username), _) => Found::Username(username),
+            (None, Some(email)) => Found::Email(email),
+            (None, None) => Found::Id(column(row, ID)?),
+        };
+        let result = results.entry(found).or_default();
+        if result.users.len() < USERS_PER_EMAIL_MAX {
+            result.users.push(user_from_row(row)?);
+        } else {
+            result.has_more = true;
+        }
+    }
+    Ok(lookup.keys.iter().map(|key| results.get(&key.into()).cloned().unwrap_or_default()).collect())
+}
