@@ -17,8 +17,11 @@ use crate::{
     config::{Config, Grouping},
     db::{self, Db},
     embedded::Embedded,
+    export::{self, Exports},
     group::Limits,
-    grouped, health, list, lookup, pb, purge,
+    grouped, health,
+    import::{self, Imports},
+    list, lookup, pb, purge,
     server::{self, NamedService},
     service::Users,
     telemetry::describe,
@@ -48,7 +51,12 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let db = Arc::new(db);
     let reporter = health::reporter().await;
     let lanes = TaskTracker::new();
-    let services = services(Users::new(Arc::clone(&db), group_limits(&config), &lanes), &reporter)?;
+    let imports = Imports::new(Arc::clone(&db), config.max_imports);
+    let export_timeout = Duration::from_millis(config.export_timeout_ms);
+    let (exports, export_connections) =
+        Exports::new(Arc::clone(&db), postgres.clone(), config.max_exports, export_timeout);
+    let users = Users::new(Arc::clone(&db), group_limits(&config), &lanes, imports, exports);
+    let services = services(users, &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
     let mut tasks = JoinSet::new();
@@ -66,9 +74,10 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
             Ok(())
         }
     });
-    // It goes on when the others stop, for those that are cut off at the end.
-    let mut canceller = JoinSet::new();
-    canceller.spawn(db::cancel_abandoned(abandoned));
+    // They go on when the others stop, for those that are cut off at the end.
+    let mut closers = JoinSet::new();
+    closers.spawn(db::cancel_abandoned(abandoned));
+    closers.spawn(export::drive(export_connections));
     let mut server = JoinSet::new();
     server.spawn({
         let (config, stop) = (config.clone(), stop_server.clone());
@@ -99,8 +108,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     lanes.wait().await;
     db.close();
     drop(db);
-    // It ends when the last call has let go of the database, those cut off included.
-    while canceller.join_next().await.is_some() {}
+    // They end when the last call has let go of the database, those cut off included.
+    while closers.join_next().await.is_some() {}
     if let Some(embedded) = embedded {
         result = result.and(embedded.stop().await);
     }
@@ -167,13 +176,15 @@ fn group_limits(config: &Config) -> Limits {
     }
 }
 
-fn statements() -> Vec<&'static str> {
+/// Every statement of the service, for preparation.
+pub fn statements() -> Vec<&'static str> {
     [
         users::STATEMENTS,
         grouped::STATEMENTS,
         batch::STATEMENTS,
         lookup::STATEMENTS,
         list::STATEMENTS,
+        import::STATEMENTS,
         purge::STATEMENTS,
     ]
     .concat()
@@ -191,7 +202,7 @@ fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Vec<Named
         NamedService {
             name: pb::user_service_server::SERVICE_NAME,
             service: Box::new(pb::user_service_server::UserServiceServer::new(users)),
-            streams: &[],
+            streams: &["ImportUsers", "ExportUsers"],
         },
         NamedService {
             name: tonic_health::pb::health_server::SERVICE_NAME,

@@ -16,6 +16,8 @@ use clap::{
 use tokio_postgres::config::SslMode;
 use tracing_subscriber::EnvFilter;
 
+use crate::cli::{export::Export, import::Import};
+
 /// The command line.
 #[derive(Debug, Parser)]
 #[command(version, about, disable_help_subcommand = true)]
@@ -44,6 +46,10 @@ pub enum Command {
         #[arg(long)]
         addr: Option<SocketAddr>,
     },
+    /// Import users from a file into a running service; exit 1 if a line was refused.
+    Import(Import),
+    /// Export all users of a running service to a file.
+    Export(Export),
 }
 
 /// Every setting, as a flag or a variable of the environment; the flag wins.
@@ -104,6 +110,20 @@ pub struct Config {
     /// How often to erase users and records whose time has come.
     #[arg(long, env, global = true, default_value_t = 60_000, value_parser = range::<u64>(10, 86_400_000))]
     pub purge_interval_ms: u64,
+
+    /// Imports under way at once; more are refused.
+    #[arg(long, env, global = true, default_value_t = 16, value_parser = range::<usize>(1, 1_000))]
+    pub max_imports: usize,
+
+    /// Exports under way at once; more are refused. Each has a connection to
+    /// PostgreSQL beside the pool.
+    #[arg(long, env, global = true, default_value_t = 4, value_parser = range::<usize>(1, 100))]
+    pub max_exports: usize,
+
+    /// How long an export may take: until then, PostgreSQL cannot clean up what was
+    /// deleted meanwhile.
+    #[arg(long, env, global = true, default_value_t = 900_000, value_parser = range::<u64>(1, 86_400_000))]
+    pub export_timeout_ms: u64,
 
     /// Whether calls that wait for the same kind of statement share one. Off only
     /// to compare: the answers are the same.

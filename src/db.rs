@@ -15,7 +15,11 @@ use deadpool_postgres::{
     ClientWrapper, Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod,
     Runtime, TimeoutType,
 };
-use futures_util::{StreamExt, future, stream};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{self, BoxFuture},
+    stream,
+};
 use tokio::{sync::mpsc, time};
 use tokio_postgres::{
     Client, NoTls, Row,
@@ -133,10 +137,14 @@ impl Db {
         connection.finish(access, result)
     }
 
+    /// Refuses what comes before the schema is there.
+    pub fn ensure_migrated(&self) -> Result<(), Error> {
+        let is_migrated = self.is_migrated.load(Ordering::Acquire);
+        is_migrated.then_some(()).ok_or(Error::DatabaseUnavailable)
+    }
+
     async fn connection(&self) -> Result<Connection<'_>, Error> {
-        if !self.is_migrated.load(Ordering::Acquire) {
-            return Err(Error::DatabaseUnavailable);
-        }
+        self.ensure_migrated()?;
         if self.pool.status().waiting >= self.max_waiting {
             return Err(Error::Overloaded);
         }
@@ -275,10 +283,10 @@ pub async fn cancel_abandoned(abandoned: Abandoned) {
 /// What each connection is told first. There is one plan for each statement, the
 /// one that the tests look at, made when nothing is known yet of how large the
 /// tables will be: so it goes by indexes. A backend whose client has gone stops.
-fn session_settings(call_timeout_ms: u64) -> String {
+pub fn session_settings(timeout_ms: u64) -> String {
     format!(
-        "set statement_timeout = {call_timeout_ms};
-         set idle_in_transaction_session_timeout = {call_timeout_ms};
+        "set statement_timeout = {timeout_ms};
+         set idle_in_transaction_session_timeout = {timeout_ms};
          set client_connection_check_interval = 1000;
          set plan_cache_mode = force_generic_plan;
          set enable_seqscan = off;
@@ -336,11 +344,9 @@ pub fn is_transient(error: &anyhow::Error) -> bool {
 
 /// A connection beside the pool, and the task that drives it, which is the
 /// caller's to run.
-pub async fn connect(
-    postgres: &tokio_postgres::Config,
-) -> anyhow::Result<(Client, impl Future<Output = ()>)> {
+pub async fn connect(postgres: &tokio_postgres::Config) -> anyhow::Result<(Client, BoxFuture<'static, ()>)> {
     let (client, connection) = time::timeout(CONNECT_TIMEOUT, postgres.connect(NoTls)).await??;
-    Ok((client, async { drop(connection.await) }))
+    Ok((client, connection.map(drop).boxed()))
 }
 
 fn micros(duration: Duration) -> u64 {

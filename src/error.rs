@@ -89,6 +89,13 @@ pub enum Error {
     TransactionConflict,
     /// Too many calls wait already.
     Overloaded,
+    /// As many streams of this kind are under way as there may be.
+    TooManyStreams {
+        /// Of which kind, such as "exports".
+        what: &'static str,
+        /// How many there may be.
+        limit: usize,
+    },
     /// There is no connection to the database, or it cannot write.
     DatabaseUnavailable,
     /// The connection broke while a change was being made.
@@ -153,6 +160,8 @@ impl Error {
                 Self::UsernameTaken { field: "user.username" }
             }
             (&SqlState::UNIQUE_VIOLATION, Some("users_pkey")) => Self::UserIdTaken,
+            // In a group; alone, it waits for its twin and answers as that one.
+            (&SqlState::UNIQUE_VIOLATION, Some("requests_pkey")) => Self::TransactionConflict,
             (
                 &SqlState::T_R_SERIALIZATION_FAILURE
                 | &SqlState::T_R_DEADLOCK_DETECTED
@@ -170,7 +179,18 @@ impl Error {
         }
     }
 
+    /// Why a message of a stream could not be read.
+    pub fn of_message(status: &Status) -> Self {
+        let what = match status.code() {
+            Code::OutOfRange => "is too large: at most 4 MiB",
+            Code::Unavailable => return Self::Stopping,
+            _ => "is not a message of this rpc",
+        };
+        Self::invalid("request", reason::FIELD_INVALID, what)
+    }
+
     /// Code, reason and message of each failure.
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn parts(&self) -> (Code, &'static str, String) {
         match self {
             Self::Invalid(violations) => {
@@ -220,6 +240,11 @@ impl Error {
                 "OVERLOADED",
                 "too many calls are waiting; nothing was started".into(),
             ),
+            Self::TooManyStreams { what, limit } => (
+                Code::ResourceExhausted,
+                "OVERLOADED",
+                format!("there are {limit} {what} under way, which is the limit; nothing was started"),
+            ),
             Self::DatabaseUnavailable => (
                 Code::Unavailable,
                 "DATABASE_UNAVAILABLE",
@@ -245,7 +270,9 @@ impl Error {
         match self {
             Self::TransactionConflict => Some(Duration::from_millis(50)),
             Self::Overloaded => Some(Duration::from_millis(500)),
-            Self::DatabaseUnavailable | Self::OutcomeUnknown => Some(Duration::from_secs(1)),
+            Self::TooManyStreams { .. } | Self::DatabaseUnavailable | Self::OutcomeUnknown => {
+                Some(Duration::from_secs(1))
+            }
             _ => None,
         }
     }

@@ -385,6 +385,124 @@ impl Page {
     }
 }
 
+/// [`pb::ExportUsersRequest`].
+#[derive(Debug)]
+pub enum Export {
+    /// All users, in whatever order is fastest.
+    All {
+        /// Soft-deleted ones too.
+        include_deleted: bool,
+    },
+    /// Those that a filter selects, in the order in which an index serves it.
+    Filtered(Selection),
+}
+
+impl Export {
+    /// Parses the request.
+    pub fn parse(request: pb::ExportUsersRequest) -> Result<Self, Error> {
+        let filter = request.filter.unwrap_or_default();
+        let include_deleted = filter.include_deleted;
+        if filter == (pb::ListUsersFilter { include_deleted, ..Default::default() }) {
+            return Ok(Self::All { include_deleted });
+        }
+        let mut fields = Fields::default();
+        let by_username = !filter.username_prefix.is_empty();
+        let order = if by_username { Order::UsernameAsc } else { Order::CreateTimeAsc };
+        let selection = fields.selection(order, filter);
+        fields.finish(selection).map(Self::Filtered)
+    }
+}
+
+/// Users in a chunk of an import, at most.
+pub const CHUNK_SIZE_MAX: usize = 1000;
+
+/// [`pb::ImportUsersRequest`].
+#[derive(Debug)]
+pub struct Chunk {
+    /// The caller's, from 1 on.
+    pub number: i64,
+    /// What it is remembered by: SHA-256 of the import's id and the number.
+    pub key: Vec<u8>,
+    /// SHA-256 of the import's id and the content.
+    pub fingerprint: Vec<u8>,
+    /// What to do with users that exist.
+    pub mode: pb::ImportMode,
+    /// Those that are not refused for their own sake, in their order.
+    pub users: Vec<ImportedUser>,
+    /// The others.
+    pub refused: Vec<pb::ImportFailure>,
+}
+
+/// A user of a chunk.
+#[derive(Debug)]
+pub struct ImportedUser {
+    /// The user.
+    pub user: NewUser,
+    /// Whether the caller gave the id.
+    pub has_id: bool,
+}
+
+impl Chunk {
+    /// Parses the request. A user that is refused does not refuse the chunk.
+    pub fn parse(request: pb::ImportUsersRequest) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let import_id = fields.id("import_id", &request.import_id);
+        let number = match request.chunk {
+            0 => fields.refuse("chunk", reason::FIELD_REQUIRED, "is required"),
+            ..0 => fields.refuse("chunk", reason::FIELD_INVALID, "must not be negative"),
+            number => Some(number),
+        };
+        let mode = match request.mode() {
+            _ if pb::ImportMode::try_from(request.mode).is_err() => {
+                fields.refuse("mode", reason::FIELD_INVALID, "is not a mode")
+            }
+            pb::ImportMode::Unspecified => Some(pb::ImportMode::CreateOnly),
+            mode => Some(mode),
+        };
+        let users = match request.users.len() {
+            0 => fields.refuse("users", reason::FIELD_REQUIRED, "is required"),
+            1..=CHUNK_SIZE_MAX => Some(()),
+            _ => {
+                let what = format!("must have at most {CHUNK_SIZE_MAX} users");
+                fields.refuse("users", reason::BATCH_TOO_LARGE, what)
+            }
+        };
+        let ((import_id, number), (mode, ())) = fields.finish(import_id.zip(number).zip(mode.zip(users)))?;
+        let hash =
+            |content: &[u8]| Sha256::new().chain_update(import_id).chain_update(content).finalize().to_vec();
+        let mut chunk = Self {
+            number,
+            key: hash(&number.to_be_bytes()),
+            fingerprint: hash(&request.encode_to_vec()),
+            mode,
+            users: Vec::with_capacity(request.users.len()),
+            refused: Vec::new(),
+        };
+        let (mut ids, mut usernames) = (HashSet::new(), HashSet::new());
+        for (position, user) in (0..).zip(request.users) {
+            let mut fields = Fields::default();
+            let has_id = !user.id.is_empty();
+            let user = fields.new_user(user).filter(|user| fields.is_first(user, &mut ids, &mut usernames));
+            match fields.finish(user) {
+                Ok(user) => chunk.users.push(ImportedUser { user, has_id }),
+                Err(error) => chunk.refused.push(failure(position, error)),
+            }
+        }
+        Ok(chunk)
+    }
+}
+
+/// What is wrong with the user at this position of a chunk.
+fn failure(position: i32, error: Error) -> pb::ImportFailure {
+    let Error::Invalid(violations) = error else { return pb::ImportFailure::default() };
+    let violations = violations.into_iter().map(|Violation { field, reason, description, .. }| {
+        // There is nothing around the user that would have to be named.
+        let field = field.strip_prefix("user.").unwrap_or(&field).to_owned();
+        pb::ImportViolation { field, reason: reason.to_owned(), description }
+    });
+    pb::ImportFailure { position, violations: violations.collect() }
+}
+
 /// The fields of an update that a mask selects.
 enum Mask {
     /// Those that have a value.
@@ -534,6 +652,18 @@ impl Fields {
             change.display_name = self.display_name("user.display_name", user.display_name);
         }
         change
+    }
+
+    /// Whether neither its id nor its username came earlier in the same chunk.
+    fn is_first(&mut self, user: &NewUser, ids: &mut HashSet<Uuid>, usernames: &mut HashSet<String>) -> bool {
+        if !ids.insert(user.id) {
+            self.refuse::<()>("user.id", reason::USER_ID_TAKEN, "another user of this chunk has this id");
+        }
+        if !usernames.insert(user.username.key().to_owned()) {
+            let what = "another user of this chunk has this username";
+            self.refuse::<()>("user.username", reason::USERNAME_TAKEN, what);
+        }
+        self.violations.is_empty()
     }
 
     fn username(&mut self, field: &str, text: &str) -> Option<Username> {

@@ -16,13 +16,15 @@
 //!
 //! | file | what lives there |
 //! |--|--|
-//! | `main.rs` | the command line: `serve`, `migrate`, `check` |
+//! | `main.rs` | the command line: `serve`, `migrate`, `check`, `import`, `export` |
+//! | [`cli`] | `import` and `export`, as clients of a running service; their files |
 //! | [`config`] | every setting; the only one that reads the environment |
 //! | [`app`] | wires, starts and stops; what [`server`] and [`group`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
 //! | [`service`] | the rpcs, a few lines each |
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
+//! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |
 //! | [`group`] | the gathering of calls, whatever they are about |
 //! | [`db`] | the pool, what every statement goes through, the migrations |
 //! | [`embedded`] | the private PostgreSQL, when `DATABASE_URL` is unset |
@@ -37,7 +39,9 @@
 //! - A statement whose caller has gone is cancelled, and its connection discarded.
 //! - Input is refused, never repaired; what a refusal says of it does not repeat it.
 //! - Personal data is in the table `users` and nowhere else: not in the change
-//!   log, not with request ids, not in any log line.
+//!   log, not with request ids or chunks of imports, not in any log line.
+//! - A stream goes at its client's pace: memory is bounded, and no connection of the
+//!   pool waits for a client.
 //! - `pb::User` is the user. There is no other.
 //!
 //! # What is absent on purpose
@@ -48,13 +52,16 @@
 
 pub mod app;
 pub mod batch;
+pub mod cli;
 pub mod config;
 pub mod db;
 pub mod embedded;
 pub mod error;
+pub mod export;
 pub mod group;
 pub mod grouped;
 pub mod health;
+pub mod import;
 pub mod input;
 pub mod list;
 pub mod lookup;

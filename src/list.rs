@@ -1,11 +1,11 @@
 //! The statements of lists. Each is a walk along an index between two positions.
 
-use tokio_postgres::Row;
+use tokio_postgres::{Row, types::ToSql};
 
 use crate::{
     db::Db,
     error::{Access, Error},
-    page::{Key, Order, Page, Position, watch_token},
+    page::{Key, Order, Page, Position, Selection, watch_token},
     pb,
     users::{CREATE_TIME, EXTRA, ID, column, user_columns, user_from_row},
 };
@@ -75,7 +75,7 @@ const USERNAME_ASC: Statements =
 
 /// Statistics, and the point in history that a watch goes on from. A standby
 /// cannot name one: its snapshots do not know of all running transactions.
-const BEGINNING: &str = "select greatest(reltuples, 0)::bigint, system_identifier,
+pub(crate) const BEGINNING: &str = "select greatest(reltuples, 0)::bigint, system_identifier,
     case when not pg_is_in_recovery() then pg_current_snapshot()::text end
 from pg_class, pg_control_system() where oid = 'users'::regclass";
 
@@ -88,11 +88,7 @@ pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> 
         && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
     {
         response.total_size_estimate = column(row, 0)?;
-        let snapshot: Option<&str> = column(row, 2)?;
-        response.watch_token = match snapshot {
-            Some(snapshot) => watch_token(column(row, 1)?, snapshot),
-            None => String::new(),
-        };
+        response.watch_token = beginning(row)?;
     }
     let mut rows = walk(db, page).await?;
     if rows.len() > page.size {
@@ -105,9 +101,21 @@ pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> 
     Ok(response)
 }
 
+/// The watch token that a row of [`BEGINNING`] makes; empty on a standby.
+pub(crate) fn beginning(row: &Row) -> Result<String, Error> {
+    let snapshot: Option<&str> = column(row, 2)?;
+    let system_identifier = column(row, 1)?;
+    Ok(snapshot.map_or_else(String::new, |snapshot| watch_token(system_identifier, snapshot)))
+}
+
 /// The users of the page, and one more if there is one.
 async fn walk(db: &Db, page: &Page) -> Result<Vec<Row>, Error> {
-    let list = &page.rest;
+    let limit = i64::try_from(page.size + 1).ok();
+    db.run(Access::Read, statement(&page.rest), &params(&page.rest, &limit)).await
+}
+
+/// The walk along a list.
+pub(crate) fn statement(list: &Selection) -> &'static str {
     let statements = match (list.order, &list.email_key) {
         (Order::CreateTimeDesc, None) => CREATE_TIME_DESC,
         (Order::CreateTimeAsc, None) => CREATE_TIME_ASC,
@@ -115,19 +123,18 @@ async fn walk(db: &Db, page: &Page) -> Result<Vec<Row>, Error> {
         (Order::CreateTimeAsc, Some(_)) => EMAIL_ASC,
         (Order::UsernameAsc, _) => USERNAME_ASC,
     };
-    let sql = if list.include_deleted { statements.all } else { statements.live };
-    let limit = i64::try_from(page.size + 1).unwrap_or(i64::MAX);
+    if list.include_deleted { statements.all } else { statements.live }
+}
+
+/// The parameters of its [`statement`]; without a limit, it goes to the end.
+pub(crate) fn params<'a>(list: &'a Selection, limit: &'a Option<i64>) -> Vec<&'a (dyn ToSql + Sync)> {
     let (from, to) = (&list.from, &list.to);
-    let positions: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-        [from.key.as_param(), &from.id, to.key.as_param(), &to.id, &limit];
-    match &list.email_key {
-        None => db.run(Access::Read, sql, &positions).await,
-        Some(email_key) => {
-            let mut params = positions.to_vec();
-            params.push(email_key);
-            db.run(Access::Read, sql, &params).await
-        }
+    let mut params: Vec<&(dyn ToSql + Sync)> =
+        vec![from.key.as_param(), &from.id, to.key.as_param(), &to.id, limit];
+    if let Some(email_key) = &list.email_key {
+        params.push(email_key);
     }
+    params
 }
 
 /// Where a user stands in the order.

@@ -6,7 +6,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 use user_service::{
-    app,
+    app, cli,
     config::{Cli, Command, Config},
     telemetry,
 };
@@ -19,6 +19,8 @@ async fn main() -> ExitCode {
     let Cli { command, config } = Cli::from_process();
     let result = match command.unwrap_or(Command::Serve) {
         Command::Check { service, addr } => check(&config, service, addr).await,
+        Command::Import(args) => cli::import::run(args, config.local_addr().to_string()).await,
+        Command::Export(args) => cli::export::run(args, config.local_addr().to_string()).await,
         Command::Serve => with_log(&config, app::serve(config.clone())).await,
         Command::Migrate => with_log(&config, app::migrate(config.clone())).await,
     };

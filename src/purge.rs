@@ -1,4 +1,5 @@
-//! Erases what has served its time: soft-deleted users, request ids, old changes.
+//! Erases what has served its time: soft-deleted users, request ids, chunks of
+//! imports, old changes.
 //! Small batches, each a statement of its own, so that nothing waits for long;
 //! an advisory lock that lasts as long as the statement lets one replica at a
 //! time do it.
@@ -14,7 +15,7 @@ use crate::{
 };
 
 /// Every statement of this file, for preparation.
-pub const STATEMENTS: &[&str] = &[PURGE_USERS, PURGE_REQUESTS, PURGE_CHANGES];
+pub const STATEMENTS: &[&str] = &[PURGE_USERS, PURGE_REQUESTS, PURGE_IMPORT_CHUNKS, PURGE_CHANGES];
 
 /// Soft-deleted users whose time has come; the change log has each.
 const PURGE_USERS: &str = "
@@ -42,6 +43,18 @@ with turn as materialized (
 )
 select count(*) from gone";
 
+/// Chunks of imports that nobody goes on with any more.
+const PURGE_IMPORT_CHUNKS: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), due as (
+    select key from import_chunks, turn where is_ours and expire_time <= now()
+    order by expire_time limit 500 for update of import_chunks skip locked
+), gone as (
+    delete from import_chunks using due where import_chunks.key = due.key returning 1
+)
+select count(*) from gone";
+
 /// The oldest changes, as far as they are older than the retention of 7 days.
 const PURGE_CHANGES: &str = "
 with turn as materialized (
@@ -60,8 +73,12 @@ select count(*) from gone";
 pub async fn run(db: &Db, interval: Duration) {
     loop {
         time::sleep(interval).await;
-        for (what, sql) in [("users", PURGE_USERS), ("requests", PURGE_REQUESTS), ("changes", PURGE_CHANGES)]
-        {
+        for (what, sql) in [
+            ("users", PURGE_USERS),
+            ("requests", PURGE_REQUESTS),
+            ("import chunks", PURGE_IMPORT_CHUNKS),
+            ("changes", PURGE_CHANGES),
+        ] {
             match purge(db, sql).await {
                 Ok(0) => {}
                 Ok(count) => tracing::info!(what, count, "purged"),

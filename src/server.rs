@@ -268,7 +268,8 @@ impl Begun {
 }
 
 /// One direction of a stream, which ends when the server stops: with `trailers`, if
-/// it is ours. Else it would keep its connection as long as the client likes.
+/// it is ours; else with an error, since the client has more to say. Without that it
+/// would keep its connection as long as the client likes.
 fn until_stopped(body: Body, stop: CancellationToken, trailers: Option<HeaderMap>) -> Body {
     let stopped = Box::pin(stop.cancelled_owned());
     let frames = stream::unfold(Some((body, stopped, trailers)), async |state| {
@@ -276,7 +277,7 @@ fn until_stopped(body: Body, stop: CancellationToken, trailers: Option<HeaderMap
         tokio::select! {
             biased;
             frame = body.frame() => Some((frame?, Some((body, stopped, trailers)))),
-            () = &mut stopped => Some((Ok(Frame::trailers(trailers?)), None)),
+            () = &mut stopped => Some((trailers.map(Frame::trailers).ok_or(Error::Stopping.into()), None)),
         }
     });
     Body::new(StreamBody::new(frames))

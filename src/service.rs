@@ -2,16 +2,22 @@
 
 use std::sync::Arc;
 
+use futures_util::{StreamExt, TryStreamExt, stream::BoxStream};
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     batch,
     db::Db,
     error::{Error, reason},
+    export::Exports,
     group::{Group, Limits},
     grouped::{Creates, Deletes, Gets, Updates},
-    input::{Batch, Change, Create, Delete, Expunge, Lookup, NewUser, Removal, Undelete, Update, UserKey},
+    import::Imports,
+    input::{
+        Batch, Change, Chunk, Create, Delete, Export, Expunge, Lookup, NewUser, Removal, Undelete, Update,
+        UserKey,
+    },
     list, lookup,
     names::Username,
     page::Page,
@@ -25,12 +31,16 @@ pub struct Users {
     creates: Arc<Group<Creates>>,
     updates: Arc<Group<Updates>>,
     deletes: Arc<Group<Deletes>>,
+    imports: Imports,
+    exports: Exports,
 }
 
 impl Users {
     /// The service on this database, with groups within these limits.
-    pub fn new(db: Arc<Db>, limits: Limits, tasks: &TaskTracker) -> Self {
+    pub fn new(db: Arc<Db>, limits: Limits, tasks: &TaskTracker, imports: Imports, exports: Exports) -> Self {
         Self {
+            imports,
+            exports,
             gets: Group::new(Gets(Arc::clone(&db)), limits, tasks.clone()),
             creates: Group::new(Creates(Arc::clone(&db)), limits, tasks.clone()),
             updates: Group::new(Updates(Arc::clone(&db)), limits, tasks.clone()),
@@ -41,6 +51,7 @@ impl Users {
 }
 
 type Answer<T> = Result<Response<T>, Status>;
+type AnswerStream<T> = BoxStream<'static, Result<T, Status>>;
 
 #[tonic::async_trait]
 impl pb::user_service_server::UserService for Users {
@@ -151,5 +162,29 @@ impl pb::user_service_server::UserService for Users {
             reason: holder.map_or("", |_| reason::USERNAME_TAKEN).to_owned(),
             available_time: holder.flatten().map(Into::into),
         }))
+    }
+
+    type ImportUsersStream = AnswerStream<pb::ImportUsersResponse>;
+
+    async fn import_users(
+        &self,
+        request: Request<Streaming<pb::ImportUsersRequest>>,
+    ) -> Answer<Self::ImportUsersStream> {
+        let chunks = request
+            .into_inner()
+            .map(|message| Chunk::parse(message.map_err(|status| Error::of_message(&status))?));
+        let acks = self.imports.run(chunks.boxed())?;
+        Ok(Response::new(acks.map_err(Status::from).boxed()))
+    }
+
+    type ExportUsersStream = AnswerStream<pb::ExportUsersResponse>;
+
+    async fn export_users(
+        &self,
+        request: Request<pb::ExportUsersRequest>,
+    ) -> Answer<Self::ExportUsersStream> {
+        let export = Export::parse(request.into_inner())?;
+        let parts = self.exports.run(&export).await?;
+        Ok(Response::new(parts.map_err(Status::from).boxed()))
     }
 }

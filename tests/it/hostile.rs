@@ -211,6 +211,50 @@ async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place()
 }
 
 #[tokio::test]
+async fn an_import_refuses_what_does_not_belong_there_and_nobody_else() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    for (n, text) in nasty().into_iter().enumerate() {
+        let good = format!("good{n}");
+        let is_id = Uuid::parse_str(&text).is_ok() && text.len() == 36;
+        let mut users = vec![
+            user(&good),
+            pb::User { username: text.clone(), ..user("bob") },
+            pb::User { email: text.clone(), ..user("bob") },
+        ];
+        let mut expected = vec![(1, "username"), (2, "email")];
+        if !is_display_name(&text) {
+            expected.push((3, "display_name"));
+            users.push(pb::User { display_name: text.clone(), ..user("bob") });
+        }
+        if !is_id {
+            expected.push((users.len() as i32, "id"));
+            users.push(pb::User { id: text.clone(), ..user("bob") });
+        }
+        let request = pb::ImportUsersRequest { import_id: new_request_id(), chunk: 1, mode: 3, users };
+        let is_too_large = request.encoded_len() > 4 << 20;
+        let mut acks = client.import_users(futures_util::stream::iter([request])).await.unwrap().into_inner();
+        if is_too_large {
+            let status = assert_refused(acks.message().await, Code::InvalidArgument, "FIELD_INVALID");
+            assert_eq!(violations(&status)[0].0, "request");
+            continue;
+        }
+        let ack = acks.message().await.unwrap().unwrap();
+        assert_eq!(ack.created, 1, "{text:.40?}");
+        let refused: Vec<_> = ack
+            .failures
+            .iter()
+            .flat_map(|failure| failure.violations.iter().map(|v| (failure.position, v.field.as_str())))
+            .collect();
+        assert_eq!(refused, expected, "{text:.40?}");
+        let says = |v: &pb::ImportViolation| v.description.contains(&text);
+        assert!(text.len() < 4 || !ack.failures.iter().flat_map(|failure| &failure.violations).any(says));
+    }
+    let strangers = "select count(*) from users where username_key not like 'zqzqgood%'";
+    assert_eq!(database.count(strangers).await, 0);
+}
+
+#[tokio::test]
 async fn all_violations_are_reported_at_once_in_the_order_of_the_fields() {
     let (server, _) = server().await;
     let mut client = server.client().await;

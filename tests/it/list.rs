@@ -11,9 +11,8 @@ use std::{
 use prost_types::Timestamp;
 use tonic::{Code, transport::Channel};
 use user_service::{
-    batch, grouped, list, lookup, page,
+    app, batch, list, lookup, page,
     pb::{self, OrderBy, user_service_client::UserServiceClient},
-    purge, users,
 };
 
 use crate::support::*;
@@ -334,22 +333,15 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
             "insert into requests select gen_random_uuid(), '', true, gen_random_uuid(), now() + n * interval '1 second'
                 from generate_series(1, 100000) as n;
             insert into user_changes (user_id, revision, kind) select id, 1, 1 from users;
+            insert into import_chunks select sha256(n::text::bytea), '', '{}', '', now() + n * interval '1 second'
+                from generate_series(1, 100000) as n;
             analyze;
             set plan_cache_mode = force_generic_plan",
         )
         .await
         .unwrap();
-    for sql in [
-        users::STATEMENTS,
-        grouped::STATEMENTS,
-        batch::STATEMENTS,
-        lookup::STATEMENTS,
-        list::STATEMENTS,
-        purge::STATEMENTS,
-    ]
-    .concat()
-    {
-        let parameters = (1..=9).filter(|n| sql.contains(&format!("${n}"))).count();
+    for sql in app::statements() {
+        let parameters = (1..=10).filter(|n| sql.contains(&format!("${n}"))).count();
         let values = match parameters {
             0 => String::new(),
             n => format!("({})", vec!["null"; n].join(", ")),

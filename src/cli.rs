@@ -1,0 +1,74 @@
+//! What an operator can do with a running service, from the command line.
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+use tonic_types::StatusExt;
+
+use crate::pb::user_service_client::UserServiceClient;
+
+pub mod export;
+pub mod files;
+pub mod import;
+
+/// How long it may take to connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A silent service is asked whether it is still there.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A client of the service at `addr`, a host and a port. A connection that breaks
+/// later is made anew by the next call.
+async fn connect(addr: &str) -> anyhow::Result<UserServiceClient<Channel>> {
+    let endpoint = Endpoint::try_from(format!("http://{addr}"))
+        .context("the address must be HOST:PORT")?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL);
+    let channel = endpoint.connect().await.with_context(|| format!("cannot reach the service at {addr}"))?;
+    Ok(UserServiceClient::new(channel))
+}
+
+/// The reason and the message of a failed call, in a line.
+fn explain(status: &Status) -> String {
+    match status.get_error_details().error_info() {
+        Some(info) => format!("{}: {}", info.reason, status.message()),
+        None => format!("{:?}: {}", status.code(), status.message()),
+    }
+}
+
+/// Whether a path stands for standard input or output.
+fn is_standard(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+/// A path with something behind it.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
+/// A progress bar, which shows itself on a terminal only.
+fn progress_bar(total: Option<u64>, template: &str) -> ProgressBar {
+    let bar = ProgressBar::no_length();
+    if let Some(total) = total {
+        bar.set_length(total);
+    }
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Says something to the operator. If nobody can hear it, that is no failure.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}

@@ -1,0 +1,296 @@
+//! Exports: one moment, all of it, at the client's pace and at nobody else's cost.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use futures_util::future::join_all;
+use prost::Message;
+use prost_types::Timestamp;
+use tonic::{Code, Status, Streaming, transport::Channel};
+use user_service::{
+    page,
+    pb::{self, ExportUsersResponse, user_service_client::UserServiceClient},
+};
+
+use crate::support::*;
+
+type Client = UserServiceClient<Channel>;
+
+/// Many users at once, a second of age for each, with display names of `len`.
+async fn insert(database: &Database, prefix: &str, count: u32, len: u32) {
+    let sql = format!(
+        "insert into users (id, username, username_key, username_held, email, email_key, display_name,
+            revision, create_time, update_time)
+        select gen_random_uuid(), '{prefix}' || n, '{prefix}' || n, true, n || '@example.com', n || '@example.com',
+            repeat('x', {len}), 1, now() - n * interval '1 second', now()
+        from generate_series(1, {count}) as n"
+    );
+    database.connect().await.batch_execute(&sql).await.unwrap();
+}
+
+async fn begin(
+    client: &Client,
+    filter: Option<pb::ListUsersFilter>,
+) -> Result<Streaming<ExportUsersResponse>, Status> {
+    Ok(client.clone().export_users(pb::ExportUsersRequest { filter }).await?.into_inner())
+}
+
+/// All that is left of an export, or how it breaks off.
+async fn rest(mut export: Streaming<ExportUsersResponse>) -> Result<Vec<pb::User>, Status> {
+    let mut users = Vec::new();
+    while let Some(part) = export.message().await? {
+        assert!(part.users.len() <= 500 && part.encoded_len() < 1 << 20);
+        users.extend(part.users);
+    }
+    Ok(users)
+}
+
+async fn export(client: &Client, filter: pb::ListUsersFilter) -> Vec<pb::User> {
+    rest(begin(client, Some(filter)).await.unwrap()).await.unwrap()
+}
+
+/// The service's connections that are beside its pool and have a snapshot.
+const EXPORTS: &str = "select count(*) from pg_stat_activity where datname = current_database()
+    and application_name = 'user-service' and backend_xid is null and backend_xmin is not null
+    and xact_start is not null and query like '%create_time%'";
+
+#[tokio::test]
+async fn an_export_has_all_users_that_are_not_deleted_with_all_their_fields() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    // The largest that there can be are no exception.
+    insert(&database, &"x".repeat(58), 1_200, 100).await;
+    let mut expected = Vec::new();
+    for name in ["alice", "bob", "carol"] {
+        expected.push(created(&mut client, name).await);
+    }
+    client.delete_user(delete(&expected[1].id)).await.unwrap();
+    expected.remove(1);
+    let users = export(&client, pb::ListUsersFilter::default()).await;
+    assert_eq!(users.len(), 1_202);
+    let own: Vec<_> = users.into_iter().filter(|user| user.username.starts_with(SECRET)).collect();
+    assert_eq!(own, expected);
+}
+
+#[tokio::test]
+async fn an_export_is_filtered_as_a_list_is() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let mut users = Vec::new();
+    for name in ["ann", "Anna", "bob", "anz"] {
+        users.push(created(&mut client, name).await);
+    }
+    users[1] = client.delete_user(delete(&users[1].id)).await.unwrap().into_inner().user.unwrap();
+    let all = pb::ListUsersFilter::default;
+    let of = |which: &[usize]| which.iter().map(|n| users[*n].clone()).collect::<Vec<_>>();
+    let cases = [
+        (all(), of(&[0, 2, 3])),
+        (pb::ListUsersFilter { include_deleted: true, ..all() }, of(&[0, 1, 2, 3])),
+        (pb::ListUsersFilter { username_prefix: format!("{SECRET}an"), ..all() }, of(&[0, 3])),
+        (
+            pb::ListUsersFilter { username_prefix: format!("{SECRET}AN"), include_deleted: true, ..all() },
+            of(&[0, 1, 3]),
+        ),
+        (pb::ListUsersFilter { email: format!("{SECRET}BOB@example.com"), ..all() }, of(&[2])),
+        (pb::ListUsersFilter { create_time_after: users[0].create_time, ..all() }, of(&[2, 3])),
+        (
+            pb::ListUsersFilter { create_time_before: users[2].create_time, include_deleted: true, ..all() },
+            of(&[0, 1]),
+        ),
+    ];
+    for (filter, expected) in cases {
+        let mut users = export(&client, filter.clone()).await;
+        users.sort_by_key(|user| user.create_time.map(|time| (time.seconds, time.nanos)));
+        assert_eq!(users, expected, "{filter:?}");
+    }
+    let time = Some(Timestamp { seconds: 1, nanos: 0 });
+    let mixed = pb::ListUsersFilter { username_prefix: "a".into(), create_time_after: time, ..all() };
+    let answer = begin(&client, Some(mixed)).await;
+    assert_refused(answer, Code::InvalidArgument, "FILTER_UNSUPPORTED");
+    let wrong = pb::ListUsersFilter { email: "nonsense".into(), ..all() };
+    let status = assert_refused(begin(&client, Some(wrong)).await, Code::InvalidArgument, "EMAIL_INVALID");
+    assert_eq!(violations(&status), [("filter.email".into(), "EMAIL_INVALID".into())]);
+}
+
+#[tokio::test]
+async fn the_first_part_has_the_watch_token_of_that_very_moment() {
+    let (server, database) = server().await;
+    let client = server.client().await;
+    let admin = database.connect().await;
+    let writers: Vec<_> = (0..4)
+        .map(|writer| {
+            let mut client = client.clone();
+            tokio::spawn(async move {
+                for n in 0.. {
+                    created(&mut client, &format!("w{writer}n{n}")).await;
+                }
+            })
+        })
+        .collect();
+    for n in 0..30 {
+        let mut parts = begin(&client, None).await.unwrap();
+        let first = parts.message().await.unwrap().unwrap();
+        let (_, snapshot) = page::open_watch_token(&first.watch_token).unwrap();
+        let mut ids: Vec<_> = rest(parts).await.unwrap().into_iter().map(|user| user.id).collect();
+        ids.sort();
+        // What the token sees is exactly what the export has.
+        let sql = "select user_id::text from user_changes
+            where pg_visible_in_snapshot(xid, $1::text::pg_snapshot) order by user_id";
+        let seen = admin.query(sql, &[&snapshot]).await.unwrap();
+        let seen: Vec<String> = seen.iter().map(|row| row.get(0)).collect();
+        assert_eq!(seen, ids, "export {n}");
+    }
+    for writer in writers {
+        assert!(!writer.is_finished());
+        writer.abort();
+    }
+}
+
+#[tokio::test]
+async fn an_export_is_one_moment_while_users_are_created_changed_and_deleted() {
+    let (server, database) = server().await;
+    insert(&database, "left", 1_000, 0).await;
+    insert(&database, "right", 1_000, 0).await;
+    // Both of a pair always have the same display name, and there are as many pairs
+    // as ever: whoever sees anything else has seen more than one moment.
+    let turns = Arc::new(AtomicU32::new(0));
+    let writers: Vec<_> = (0..3_u32)
+        .map(|writer| {
+            let (database, turns) = (database.clone(), Arc::clone(&turns));
+            tokio::spawn(async move {
+                let admin = database.connect().await;
+                for turn in 0.. {
+                    let (name, n) = (format!("{writer} {turn}"), 1 + (turn * 7 + writer * 333) % 1_000);
+                    let pair = format!("username_key in ('left{n}', 'right{n}')");
+                    let sql = match turn % 3 {
+                        0 => format!("update users set display_name = '{name}' where {pair};"),
+                        1 => format!(
+                            "update users set delete_time = now(), purge_time = now() where {pair};
+                            update users set delete_time = null, purge_time = null, display_name = '{name}',
+                                create_time = now() where {pair};"
+                        ),
+                        _ => format!(
+                            "delete from users where username_key = 'left{n}';
+                            insert into users (id, username, username_key, username_held, email, email_key,
+                                display_name, revision, create_time, update_time)
+                            select gen_random_uuid(), 'left{n}', 'left{n}', true, email, email_key, display_name,
+                                1, now(), now() from users where username_key = 'right{n}';"
+                        ),
+                    };
+                    // Two writers may meet; then one has lost its turn.
+                    if admin.batch_execute(&format!("begin; {sql} commit")).await.is_err() {
+                        admin.batch_execute("rollback").await.unwrap();
+                    }
+                    turns.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+    let client = server.client().await;
+    for _ in 0..10 {
+        let before = turns.load(Ordering::Relaxed);
+        let parts = begin(&client, None).await.unwrap();
+        eventually("they write", async || (turns.load(Ordering::Relaxed) > before + 10).then_some(())).await;
+        let users = rest(parts).await.unwrap();
+        assert_eq!(users.len(), 2_000);
+        let names: HashMap<_, _> = users.iter().map(|u| (u.username.as_str(), &u.display_name)).collect();
+        assert_eq!(names.len(), 2_000);
+        for n in 1..=1_000 {
+            assert_eq!(names[format!("left{n}").as_str()], names[format!("right{n}").as_str()]);
+        }
+    }
+    for writer in writers {
+        assert!(!writer.is_finished());
+        writer.abort();
+    }
+}
+
+#[tokio::test]
+async fn readers_that_do_not_read_take_no_connection_from_others() {
+    let database = Database::migrated().await;
+    insert(&database, "user", 50_000, 100).await;
+    let server = Server::start(&database, &[("POOL_SIZE", "2"), ("RUST_LOG", "user_service=debug")]).await;
+    let slow = join_all((0..4).map(async |_| {
+        let mut parts = begin(&server.client().await, None).await.unwrap();
+        let first = parts.message().await.unwrap().unwrap();
+        assert!(!first.watch_token.is_empty());
+        parts
+    }))
+    .await;
+    let mut client = server.client().await;
+    for n in 0..20 {
+        let user = created(&mut client, &format!("other{n}")).await;
+        client.get_user(by_id(&user.id)).await.unwrap();
+    }
+    // PostgreSQL is not done with them: they are held back, not stored somewhere.
+    assert_eq!(database.count(EXPORTS).await, 4);
+    for parts in slow {
+        assert_eq!(rest(parts).await.unwrap().len(), 50_000);
+    }
+}
+
+#[tokio::test]
+async fn exports_beyond_the_limit_are_refused_until_a_client_has_gone_and_its_query_with_it() {
+    let database = Database::migrated().await;
+    insert(&database, "user", 50_000, 100).await;
+    let settings = [("MAX_EXPORTS", "2"), ("RUST_LOG", "user_service=debug")];
+    let server = Server::start(&database, &settings).await;
+    let client = server.client().await;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        held.push(begin(&client, None).await.unwrap());
+    }
+    let status = assert_refused(begin(&client, None).await, Code::ResourceExhausted, "OVERLOADED");
+    assert!(status.message().contains("2 exports"), "{status:?}");
+    assert_eq!(database.count(EXPORTS).await, 2);
+    held.pop();
+    eventually("its query ends", async || (database.count(EXPORTS).await == 1).then_some(())).await;
+    let again = async || begin(&client, None).await.ok();
+    let again = eventually("there is room again", again).await;
+    assert_eq!(rest(again).await.unwrap().len(), 50_000);
+}
+
+#[tokio::test]
+async fn an_export_that_takes_too_long_is_ended_though_nobody_reads() {
+    let database = Database::migrated().await;
+    insert(&database, "user", 50_000, 100).await;
+    let settings = [("EXPORT_TIMEOUT_MS", "2000"), ("RUST_LOG", "user_service=debug")];
+    let server = Server::start(&database, &settings).await;
+    let parts = begin(&server.client().await, None).await.unwrap();
+    eventually("its snapshot is let go", async || (database.count(EXPORTS).await == 0).then_some(())).await;
+    assert_refused(rest(parts).await, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+}
+
+#[tokio::test]
+async fn an_export_that_breaks_off_never_looks_complete() {
+    let database = Database::migrated().await;
+    insert(&database, "user", 50_000, 100).await;
+    let mut server = Server::start(&database, &[("RUST_LOG", "user_service=debug")]).await;
+    let parts = begin(&server.client().await, None).await.unwrap();
+    eventually("the backends are gone", async || {
+        terminate_backends(&database).await;
+        (database.count(EXPORTS).await == 0).then_some(())
+    })
+    .await;
+    assert_refused(rest(parts).await, Code::Unavailable, "DATABASE_UNAVAILABLE");
+
+    let again = async || begin(&server.client().await, None).await.ok();
+    let parts = eventually("the database answers", again).await;
+    server.signal("TERM");
+    let status = assert_refused(rest(parts).await, Code::Unavailable, "STOPPING");
+    assert!(!status.message().contains("postgres"));
+    assert!(server.ended().await.success());
+    eventually("its query ends", async || (database.count(EXPORTS).await == 0).then_some(())).await;
+}
+
+#[tokio::test]
+async fn without_its_database_an_export_does_not_begin() {
+    let server = Server::spawn(&[("DATABASE_URL", "postgres://postgres@%2Fnowhere/postgres")]).await;
+    let answer = begin(&server.client().await, None).await;
+    assert_refused(answer, Code::Unavailable, "DATABASE_UNAVAILABLE");
+}
