@@ -27,7 +27,14 @@ pub enum Work {
     DeepPage,
     Create,
     Update,
+    /// A thousand users by their ids.
+    Lookup,
+    /// A thousand new users.
+    BatchCreate,
 }
+
+/// Users in a call that is about many.
+pub const BATCH: usize = 1000;
 
 impl Work {
     pub fn name(self) -> &'static str {
@@ -39,6 +46,8 @@ impl Work {
             Self::DeepPage => "ListUsers, deep page",
             Self::Create => "CreateUser",
             Self::Update => "UpdateUser",
+            Self::Lookup => "LookupUsers of 1000",
+            Self::BatchCreate => "BatchCreateUsers of 1000",
         }
     }
 
@@ -50,6 +59,16 @@ impl Work {
             Self::FirstPage | Self::DeepPage => "/users.v1.UserService/ListUsers",
             Self::Create => "/users.v1.UserService/CreateUser",
             Self::Update => "/users.v1.UserService/UpdateUser",
+            Self::Lookup => "/users.v1.UserService/LookupUsers",
+            Self::BatchCreate => "/users.v1.UserService/BatchCreateUsers",
+        }
+    }
+
+    /// How many users a call is about.
+    pub fn users(self) -> usize {
+        match self {
+            Self::Lookup | Self::BatchCreate => BATCH,
+            _ => 1,
         }
     }
 }
@@ -88,15 +107,9 @@ impl Requests {
                 ..Default::default()
             }),
             Work::Create => {
-                let n = self.random.u64(NEW_NAMES);
-                let user = pb::User {
-                    username: format!("user{n}"),
-                    email: format!("user{n}@example.com"),
-                    display_name: format!("User {n}"),
-                    ..Default::default()
-                };
+                let user = self.new_user();
                 let request_id = self.request_id();
-                frame(&pb::CreateUserRequest { user: Some(user), request_id, ..Default::default() })
+                frame(&pb::CreateUserRequest { user, request_id, ..Default::default() })
             }
             Work::Update => {
                 let user = pb::User {
@@ -107,11 +120,32 @@ impl Requests {
                 let request_id = self.request_id();
                 frame(&pb::UpdateUserRequest { user: Some(user), request_id, ..Default::default() })
             }
+            Work::Lookup => {
+                let key = |_| Some(pb::user_key::Key::Id(user_id(self.number())));
+                let keys = (0..BATCH).map(key).map(|key| pb::UserKey { key }).collect();
+                frame(&pb::LookupUsersRequest { keys, ..Default::default() })
+            }
+            Work::BatchCreate => {
+                let item = |_| pb::BatchCreateUsersItem { user: self.new_user() };
+                let items = (0..BATCH).map(item).collect();
+                let request_id = self.request_id();
+                frame(&pb::BatchCreateUsersRequest { items, request_id, ..Default::default() })
+            }
         }
     }
 
     fn get(&mut self, key: impl Fn(u64) -> Key) -> anyhow::Result<Bytes> {
         frame(&pb::GetUserRequest { key: Some(key(self.number())), ..Default::default() })
+    }
+
+    fn new_user(&mut self) -> Option<pb::User> {
+        let n = self.random.u64(NEW_NAMES);
+        Some(pb::User {
+            username: format!("user{n}"),
+            email: format!("user{n}@example.com"),
+            display_name: format!("User {n}"),
+            ..Default::default()
+        })
     }
 
     /// The number of a user that exists.
@@ -125,7 +159,7 @@ impl Requests {
 }
 
 /// The id of user `n`.
-fn user_id(n: u64) -> String {
+pub fn user_id(n: u64) -> String {
     let digits = ID_BASE + n;
     format!("{ID_PREFIX}-{}-{:012}", digits / 1_000_000_000_000, digits % 1_000_000_000_000)
 }

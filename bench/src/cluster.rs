@@ -83,8 +83,7 @@ impl Cluster {
     /// has been there for a while: with statistics, vacuumed, and written to disk.
     pub async fn create_database(&self, users: u64) -> anyhow::Result<Database> {
         let name = format!("users_{users}");
-        let admin = Session::open(&self.postgres.config()).await?;
-        admin.client.batch_execute(&format!("create database {name}")).await?;
+        self.administer(&format!("create database {name}")).await?;
         let mut config = self.postgres.config();
         config.dbname(&name);
         db::migrate(&config).await?;
@@ -93,8 +92,17 @@ impl Cluster {
         for maintenance in ["vacuum analyze users", "checkpoint"] {
             session.client.batch_execute(maintenance).await?;
         }
-        let deep_page = session.deep_page(users / 2).await?;
+        let deep_page = if users == 0 { String::new() } else { session.deep_page(users / 2).await? };
         Ok(Database { name, users, deep_page, socket_dir: self.dir.path().to_owned() })
+    }
+
+    /// Drops a database, and ends who is still connected.
+    pub async fn drop_database(&self, database: &Database) -> anyhow::Result<()> {
+        self.administer(&format!("drop database {} (force)", database.name)).await
+    }
+
+    async fn administer(&self, sql: &str) -> anyhow::Result<()> {
+        Ok(Session::open(&self.postgres.config()).await?.client.batch_execute(sql).await?)
     }
 }
 

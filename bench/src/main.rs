@@ -11,12 +11,14 @@
 //! | [`cluster`], [`service`] | the PostgreSQL and the service that are measured |
 //! | [`generator`], [`client`], [`calls`] | the load, from the number of callers to the octets |
 //! | [`load`] | that load for others to use, who compare other services |
+//! | [`bulk`] | imports and exports beside `COPY` |
 //! | [`pgbench`] | the load that PostgreSQL makes itself |
 //! | [`usage`] | CPU time and memory |
 //! | [`results`] | from repetitions to a figure |
 //! | [`bar`], [`report`], [`charts`], [`svg`] | what is told |
 
 mod bar;
+mod bulk;
 mod calls;
 mod charts;
 mod client;

@@ -4,10 +4,11 @@ use std::fmt::Display;
 
 use crate::{
     bar::{Criterion, bar, best_of_pgbench},
+    bulk::Bulk,
     calls::Work,
     charts,
     results::{Cell, Summary, ratios},
-    run::{BUSY, By, Findings, GROWTH, Plan},
+    run::{AT_ONCE, BUSY, By, Findings, GROWTH, Plan},
     usage::machine,
 };
 
@@ -41,6 +42,8 @@ pub fn report(findings: &Findings, plan: &Plan) -> anyhow::Result<String> {
         paced_table(findings),
         format!("## As the table grows\n\nGrouped, {BUSY} calls in flight.\n"),
         growth_table(findings, plan),
+        "## Many users at once\n".into(),
+        many_table(findings),
         "## The program\n".into(),
         program_table(findings),
     ]
@@ -59,7 +62,7 @@ fn bar_table(criteria: &[Criterion]) -> String {
         vec![
             criterion.what.clone(),
             format!("{} {}", criterion.floor, mark(criterion.meets(criterion.floor))),
-            format!("{} {}", criterion.goal, mark(criterion.meets(criterion.goal))),
+            criterion.goal.map_or(String::new(), |goal| format!("{goal} {}", mark(criterion.meets(goal)))),
             format!("**{median:.digits$}**{unit}{range}"),
         ]
     });
@@ -145,6 +148,34 @@ fn growth_table(findings: &Findings, plan: &Plan) -> String {
     table(&columns, rows)
 }
 
+fn many_table(findings: &Findings) -> String {
+    let at_once = AT_ONCE.into_iter().filter_map(|(work, in_flight)| {
+        let cell = findings.at_once.median(work)?;
+        let users = work.users() as f64;
+        let us = |time: f64| format!("{:.1} µs", time / users);
+        Some(vec![
+            format!("{}, {in_flight} in flight", row_name(work, By::Grouped)),
+            thousands(cell.rate * users),
+            us(cell.service),
+            us(cell.database),
+            us(cell.generator),
+        ])
+    });
+    let Bulk { import, copy_in, export, copy_out, .. } = &findings.bulk;
+    let bulk = [
+        ("ImportUsers", import),
+        ("psql \\copy", copy_in),
+        ("ExportUsers", export),
+        ("COPY to stdout", copy_out),
+    ];
+    let bulk = bulk.map(|(name, rates)| {
+        let rate = thousands(Summary::of(rates.clone()).median);
+        vec![name.into(), rate, String::new(), String::new(), String::new()]
+    });
+    let columns = ["", "users/s", "CPU a user: service", "database", "generator"];
+    table(&columns, at_once.chain(bulk))
+}
+
 fn program_table(findings: &Findings) -> String {
     let starts = Summary::of(findings.starts.clone());
     let stripped = findings.stripped_binary.map_or("?".into(), |mib| format!("{mib:.1}"));
@@ -179,6 +210,7 @@ pub fn row_name(work: Work, by: By) -> String {
     match by {
         // It never gets to where calls are grouped.
         _ if work == Work::Empty => name.into(),
+        By::Grouped if work.users() > 1 => name.into(),
         By::Grouped => format!("{name}, grouped"),
         By::Single => format!("{name}, `GROUPING=off`"),
         By::Pgbench => format!("pgbench: {name}"),

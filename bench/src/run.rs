@@ -14,6 +14,7 @@ use anyhow::Context;
 use tokio::process::Command;
 
 use crate::{
+    bulk::{self, Bulk},
     calls::{Requests, Work},
     cluster::{Cluster, Database},
     generator::{self, Load},
@@ -82,6 +83,10 @@ const WRITES: [(Work, By); 6] = [
     (Work::Update, By::Pgbench),
 ];
 
+/// Users in flight, one by one and a thousand at a time: calls in flight.
+pub const AT_ONCE: [(Work, usize); 4] =
+    [(Work::GetById, 1000), (Work::Lookup, 4), (Work::Create, 1000), (Work::BatchCreate, 4)];
+
 /// What depends on the size of the table.
 pub const GROWTH: [Work; 3] = [Work::GetById, Work::FirstPage, Work::DeepPage];
 
@@ -95,6 +100,9 @@ pub struct Findings {
     pub paced: Results<By>,
     /// By the number of users, with [`BUSY`] calls in flight.
     pub growth: Results<(Work, u64)>,
+    /// [`AT_ONCE`].
+    pub at_once: Results<Work>,
+    pub bulk: Bulk,
     /// Milliseconds from exec to SERVING.
     pub starts: Vec<f64>,
     /// MiB, before the first call, and the most of the whole run.
@@ -129,9 +137,12 @@ pub async fn run(plan: &Plan, cluster: &Cluster) -> anyhow::Result<Findings> {
     bench.measure_growth(&databases).await?;
     bench.measure_points("writes", &WRITES).await?;
     bench.findings.memory_peak = Memory::of(bench.grouped.pid)?.peak;
+    bench.measure_at_once().await?;
+    let mut findings = bench.findings;
     bench.grouped.stop().await?;
     bench.single.stop().await?;
-    Ok(bench.findings)
+    findings.bulk = bulk::run(plan, cluster, database).await?;
+    Ok(findings)
 }
 
 /// How large the program is, and how long it takes to start.
@@ -198,6 +209,17 @@ impl Bench<'_> {
             let grouped = self.load(&self.grouped, Work::GetById, BUSY, Some(single.rate)).await?;
             self.findings.paced.push(By::Single, single);
             self.findings.paced.push(By::Grouped, grouped);
+        }
+        Ok(())
+    }
+
+    async fn measure_at_once(&mut self) -> anyhow::Result<()> {
+        for repetition in 1..=self.plan.repetitions {
+            eprintln!("a thousand users at a time, repetition {repetition}");
+            for (work, in_flight) in AT_ONCE {
+                let cell = self.load(&self.grouped, work, in_flight, None).await?;
+                self.findings.at_once.push(work, cell);
+            }
         }
         Ok(())
     }
