@@ -9,7 +9,7 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use prost::Message;
-use tokio::{sync::Semaphore, time};
+use tokio::{sync::Semaphore, task, time};
 use tokio_postgres::{Row, types::ToSql};
 use uuid::Uuid;
 
@@ -53,6 +53,10 @@ impl Imports {
             .map_err(|_| Error::TooManyStreams { what: "imports", limit: self.limit })?;
         let state = (Arc::clone(&self.db), chunks, None, place);
         let acks = stream::try_unfold(state, async |(db, mut chunks, next, place)| {
+            // Whoever sends the acknowledgements asks for one more before it sends the
+            // last, and does not look again until the client has room for it. What has
+            // begun by then keeps its connection; so nothing begins at the first look.
+            task::yield_now().await;
             let next = match next {
                 Some(next) => next,
                 None => chunks.next().await,
@@ -61,6 +65,7 @@ impl Imports {
             let (ack, next) = {
                 let mut writing = pin!(import(&db, &chunk));
                 tokio::select! {
+                    biased;
                     ack = &mut writing => (ack, None),
                     next = chunks.next() => (writing.await, Some(next)),
                 }

@@ -113,8 +113,11 @@ pub async fn run(args: Import, default_addr: String) -> anyhow::Result<()> {
     };
     let result = run.finish(&mut client).await;
     run.bar.finish_and_clear();
-    result.with_context(|| match record {
-        Some(_) => "the import is not complete; the same command goes on with it".to_owned(),
+    result.with_context(|| match &record {
+        Some(record) => format!(
+            "the import is not complete; the same command goes on with it, or begins anew without {}",
+            record.display()
+        ),
         None => format!("the import is not complete; --import-id {import_id} goes on with it"),
     })?;
     if let Some(record) = record {

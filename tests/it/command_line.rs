@@ -165,13 +165,6 @@ async fn assert_imported(database: &Database, users: &[pb::User]) {
     assert_eq!(database.count("select count(*) from user_changes where kind <> 1").await, 0);
 }
 
-/// Resident memory of a process, in octets.
-fn memory(server: &Server) -> usize {
-    let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
-}
-
 #[tokio::test]
 async fn a_hundred_thousand_users_in_many_scripts_come_out_as_they_went_in() {
     let mut users = many_users(100_000);
@@ -182,13 +175,13 @@ async fn a_hundred_thousand_users_in_many_scripts_come_out_as_they_went_in() {
     for (input, output) in [("users.jsonl", "out.csv"), ("part.csv", "out.jsonl")] {
         let database = Database::migrated().await;
         let server = Server::start(&database, &[LOG]).await;
-        let before = memory(&server);
+        let before = server.memory();
         let report = run_well(&server.addr, &["import", &files.name(input)]).await;
         let count = users.len();
         assert!(report.contains(&format!("{count} created, 0 updated, 0 skipped, 0 refused")), "{report}");
         let report = run_well(&server.addr, &["export", &files.name(output)]).await;
         assert!(report.contains(&format!("{count} users exported")), "{report}");
-        let growth = memory(&server).saturating_sub(before);
+        let growth = server.memory().saturating_sub(before);
         assert!(growth < 64 << 20, "the service has grown by {growth} octets");
         let found = exported(&files.path(output));
         assert_same(&found, &users);
@@ -236,7 +229,7 @@ impl Front {
 
 #[tokio::test]
 async fn an_import_survives_twenty_kills_of_the_service() {
-    let users = many_users(60_000);
+    let users = many_users(90_000);
     let files = Files::new();
     let file = files.write("users.jsonl", json_lines(&users));
     let database = Database::migrated().await;
@@ -250,7 +243,7 @@ async fn an_import_survives_twenty_kills_of_the_service() {
     for _ in 0..20 {
         // It goes on, and is killed at a random moment.
         last = eventually("the import goes on", async || Some(rows().await).filter(|n| *n > last)).await;
-        tokio::time::sleep(Duration::from_micros(rng.random_range(0..60_000))).await;
+        tokio::time::sleep(Duration::from_micros(rng.random_range(0..30_000))).await;
         server.signal("KILL");
         server.ended().await;
         assert!(import.try_wait().unwrap().is_none(), "the import was over too early");
@@ -258,13 +251,13 @@ async fn an_import_survives_twenty_kills_of_the_service() {
         front.target.send_replace(server.addr.clone());
     }
     let report = said(import.wait_with_output().await.unwrap(), true);
-    assert!(report.contains("60000 created, 0 updated, 0 skipped, 0 refused"), "{report}");
+    assert!(report.contains("90000 created, 0 updated, 0 skipped, 0 refused"), "{report}");
     assert_imported(&database, &users).await;
 }
 
 #[tokio::test]
 async fn an_import_that_was_killed_goes_on_when_it_is_begun_again() {
-    let users = many_users(20_000);
+    let users = many_users(50_000);
     let mut lines = json_lines(&users);
     lines.push_str("{\"username\": \"-\"}\n");
     let files = Files::new();
@@ -283,8 +276,8 @@ async fn an_import_that_was_killed_goes_on_when_it_is_begun_again() {
     let other = run(&server.addr, &["import", &file, "--mode", "overwrite"]).await;
     assert!(said(other, false).contains("REQUEST_ID_REUSED"));
     let report = said(run(&server.addr, &["import", &file]).await, false);
-    assert!(report.contains("20000 created, 0 updated, 0 skipped, 1 refused"), "{report}");
-    assert!(report.contains("line 20001: username: USERNAME_INVALID: "), "{report}");
+    assert!(report.contains("50000 created, 0 updated, 0 skipped, 1 refused"), "{report}");
+    assert!(report.contains("line 50001: username: USERNAME_INVALID: "), "{report}");
     assert_imported(&database, &users).await;
     assert_eq!(files.names(), ["users.jsonl"]);
 
@@ -306,7 +299,7 @@ async fn an_import_survives_a_restart_of_the_database() {
     let postgres = Embedded::start(dir.path()).await.unwrap();
     let database = Database { socket_dir: dir.path().into(), name: "postgres".into() };
     let server = Server::start(&database, &[LOG]).await;
-    let users = many_users(20_000);
+    let users = many_users(50_000);
     let files = Files::new();
     let file = files.write("users.jsonl", json_lines(&users));
     let import = begin(&server.addr, &["import", &file]);
@@ -315,9 +308,9 @@ async fn an_import_survives_a_restart_of_the_database() {
     postgres.stop().await.unwrap();
     drop(postgres);
     let postgres = Embedded::start(dir.path()).await.unwrap();
-    assert!(rows().await < 20_000, "the import was over too early");
+    assert!(rows().await < 50_000, "the import was over too early");
     let report = said(import.wait_with_output().await.unwrap(), true);
-    assert!(report.contains("20000 created, 0 updated, 0 skipped, 0 refused"), "{report}");
+    assert!(report.contains("50000 created, 0 updated, 0 skipped, 0 refused"), "{report}");
     assert_imported(&database, &users).await;
     drop(server);
     postgres.stop().await.unwrap();

@@ -235,6 +235,23 @@ async fn readers_that_do_not_read_take_no_connection_from_others() {
 }
 
 #[tokio::test]
+async fn two_hundred_thousand_users_are_exported_in_little_memory() {
+    let database = Database::migrated().await;
+    insert(&database, "user", 200_000, 100).await;
+    let server = Server::start(&database, &[("RUST_LOG", "user_service=debug")]).await;
+    let before = server.memory();
+    let mut parts = begin(&server.client().await, None).await.unwrap();
+    let mut count = 0;
+    while let Some(part) = parts.message().await.unwrap() {
+        count += part.users.len();
+        // They are 50 MiB in all.
+        let growth = server.memory().saturating_sub(before);
+        assert!(growth < 32 << 20, "the service has grown by {growth} octets");
+    }
+    assert_eq!(count, 200_000);
+}
+
+#[tokio::test]
 async fn exports_beyond_the_limit_are_refused_until_a_client_has_gone_and_its_query_with_it() {
     let database = Database::migrated().await;
     insert(&database, "user", 50_000, 100).await;
@@ -253,6 +270,20 @@ async fn exports_beyond_the_limit_are_refused_until_a_client_has_gone_and_its_qu
     let again = async || begin(&client, None).await.ok();
     let again = eventually("there is room again", again).await;
     assert_eq!(rest(again).await.unwrap().len(), 50_000);
+}
+
+#[tokio::test]
+async fn the_query_of_a_client_that_has_gone_ends_at_once() {
+    let database = Database::migrated().await;
+    insert(&database, "user", 50_000, 100).await;
+    let proxy = Proxy::to(&database).await;
+    let server = Server::start(&proxy.database(), &[("RUST_LOG", "user_service=debug")]).await;
+    let parts = begin(&server.client().await, None).await.unwrap();
+    // So slow that the query would never come to its end.
+    proxy.hold_answers();
+    assert_eq!(database.count(EXPORTS).await, 1);
+    drop(parts);
+    eventually("its query ends", async || (database.count(EXPORTS).await == 0).then_some(())).await;
 }
 
 #[tokio::test]

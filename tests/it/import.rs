@@ -242,7 +242,10 @@ async fn a_chunk_sent_again_changes_nothing_and_is_acknowledged_as_before() {
             assert_eq!(import_one(&client, request.clone()).await, first);
         }
         assert_eq!(self::dump(&database), dump);
-        // Only the caller knows the id.
+        // Of whom is erased nothing is left, and only the caller knows the import's id.
+        let name = format!("{SECRET}mode{n}n0");
+        let hex: String = name.bytes().map(|byte| format!("{byte:02x}")).collect();
+        assert!(!dump.contains(&name) && !dump.contains(&hex));
         assert!(!dump.contains(&id) && !dump.contains(&id.replace('-', "")));
 
         let other = chunk(&id, n, mode, some_users("other", 3));
@@ -491,6 +494,30 @@ async fn a_client_that_is_faster_than_the_database_is_held_back() {
     let acks = all(acks).await;
     assert_eq!(acks.len(), 60);
     assert!(acks.iter().all(|ack| counts(ack) == (1, 0, 0)));
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_its_acknowledgements_keeps_no_connection_of_the_pool() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("POOL_SIZE", "1"), ("POOL_WAIT_TIMEOUT_MS", "2000")]).await;
+    let (id, mut client) = (new_request_id(), server.client().await);
+    // Nothing is right, so the acknowledgements are large, but not as large as to be
+    // sent alone.
+    let chunks = (1..=1_000)
+        .map(move |number| chunk(&id, number, ImportMode::CreateOnly, vec![pb::User::default(); 100]));
+    let acks = client.import_users(stream::iter(chunks)).await.unwrap().into_inner();
+    let written = async || database.count("select count(*) from import_chunks").await;
+    let (mut before, mut unchanged) = (0, 0);
+    eventually("the import stands still", async || {
+        let now = written().await;
+        unchanged = if now == before && now > 0 { unchanged + 1 } else { 0 };
+        before = now;
+        (unchanged == 50).then_some(())
+    })
+    .await;
+    assert!(before < 1_000, "the client is not held back");
+    created(&mut server.client().await, "alice").await;
+    assert_eq!(all(acks).await.len(), 1_000);
 }
 
 /// A client of an import that can vanish, with its connection.
