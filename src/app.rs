@@ -51,7 +51,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let db = Arc::new(db);
     let reporter = health::reporter().await;
     let lanes = TaskTracker::new();
-    let imports = Imports::new(Arc::clone(&db), config.max_imports);
+    let imports = Imports::new(Arc::clone(&db), config.max_imports, lanes.clone());
     let export_timeout = Duration::from_millis(config.export_timeout_ms);
     let (exports, export_connections) =
         Exports::new(Arc::clone(&db), postgres.clone(), config.max_exports, export_timeout);

@@ -2,15 +2,19 @@
 //! remembers it. A chunk is looked up before it is written, so one that was
 //! written before is only acknowledged again.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use futures_util::{
     StreamExt,
-    stream::{self, BoxStream},
+    stream::{self, BoxStream, Fuse, FuturesOrdered},
 };
 use prost::Message;
-use tokio::{sync::Semaphore, task, time};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time,
+};
 use tokio_postgres::{Row, types::ToSql};
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use uuid::Uuid;
 
 use crate::{
@@ -29,21 +33,26 @@ const ATTEMPTS: u32 = 6;
 /// Before the second attempt; twice as long before each one after that.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// Chunks of an import that are written at once, as long as none has to do with what
+/// another one writes.
+const IN_FLIGHT: usize = 2;
+
 /// The imports into a database, a limited number at a time.
 pub struct Imports {
     db: Arc<Db>,
     places: Arc<Semaphore>,
     limit: usize,
+    tasks: TaskTracker,
 }
 
 impl Imports {
-    /// At most `limit` at a time.
-    pub fn new(db: Arc<Db>, limit: usize) -> Self {
-        Self { db, places: Arc::new(Semaphore::new(limit)), limit }
+    /// At most `limit` at a time. Their tasks end with the chunk that they write.
+    pub fn new(db: Arc<Db>, limit: usize, tasks: TaskTracker) -> Self {
+        Self { db, places: Arc::new(Semaphore::new(limit)), limit, tasks }
     }
 
-    /// Writes chunks one after the other and acknowledges each; the first error is
-    /// the end. While a chunk is being written, the next one is read, and no more.
+    /// Writes chunks and acknowledges each, in their order; the first error is the
+    /// end. While chunks are being written, the next one is read, and no more.
     pub fn run(
         &self,
         chunks: BoxStream<'static, Result<Chunk, Error>>,
@@ -51,28 +60,65 @@ impl Imports {
         let place = Arc::clone(&self.places)
             .try_acquire_owned()
             .map_err(|_| Error::TooManyStreams { what: "imports", limit: self.limit })?;
-        let state = (Arc::clone(&self.db), chunks, None, place);
-        let acks = stream::try_unfold(state, async |(db, mut chunks, next, place)| {
-            // Whoever sends the acknowledgements asks for one more before it sends the
-            // last, and does not look again until the client has room for it. What has
-            // begun by then keeps its connection; so nothing begins at the first look.
-            task::yield_now().await;
-            let next = match next {
-                Some(next) => next,
-                None => chunks.next().await,
-            };
-            let Some(chunk) = next.transpose()? else { return Ok(None) };
-            let (ack, next) = {
-                let mut writing = pin!(import(&db, &chunk));
-                tokio::select! {
-                    biased;
-                    ack = &mut writing => (ack, None),
-                    next = chunks.next() => (writing.await, Some(next)),
-                }
-            };
-            Ok(Some((ack?, (db, chunks, next, place))))
+        let import = Import {
+            db: Arc::clone(&self.db),
+            tasks: self.tasks.clone(),
+            chunks: chunks.fuse(),
+            next: None,
+            writing: FuturesOrdered::new(),
+            written: VecDeque::new(),
+            _place: place,
+        };
+        let acks = stream::try_unfold(import, async |mut import| {
+            Ok(import.next_ack().await?.map(|ack| (ack, import)))
         });
         Ok(acks.boxed())
+    }
+}
+
+/// An import under way.
+struct Import {
+    db: Arc<Db>,
+    tasks: TaskTracker,
+    chunks: Fuse<BoxStream<'static, Result<Chunk, Error>>>,
+    /// What is written next.
+    next: Option<Result<Chunk, Error>>,
+    /// Each in a task of its own, so that it ends, and gives its connection back, also
+    /// while nobody asks for its acknowledgement.
+    writing: FuturesOrdered<AbortOnDropHandle<Result<pb::ImportUsersResponse, Error>>>,
+    /// The chunks that `writing` writes.
+    written: VecDeque<Arc<Chunk>>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Import {
+    async fn next_ack(&mut self) -> Result<Option<pb::ImportUsersResponse>, Error> {
+        loop {
+            self.write_next();
+            tokio::select! {
+                Some(ack) = self.writing.next() => {
+                    self.written.pop_front();
+                    return ack.map_err(|_| Error::Internal)?.map(Some);
+                }
+                Some(chunk) = self.chunks.next(), if self.next.is_none() => self.next = Some(chunk),
+                else => return self.next.take().transpose().map(|_| None),
+            }
+        }
+    }
+
+    /// Begins with the next chunk, if it may be written beside those that are.
+    fn write_next(&mut self) {
+        let may_begin = |chunk: &Chunk| {
+            self.written.len() < IN_FLIGHT && !self.written.iter().any(|other| other.meets(chunk))
+        };
+        if let Some(chunk) = self.next.take_if(|next| next.as_ref().is_ok_and(may_begin))
+            && let Ok(chunk) = chunk.map(Arc::new)
+        {
+            self.written.push_back(Arc::clone(&chunk));
+            let db = Arc::clone(&self.db);
+            let task = self.tasks.spawn(async move { import(&db, &chunk).await });
+            self.writing.push_back(AbortOnDropHandle::new(task));
+        }
     }
 }
 

@@ -431,6 +431,8 @@ pub struct Chunk {
     pub users: Vec<ImportedUser>,
     /// The others.
     pub refused: Vec<pb::ImportFailure>,
+    ids: HashSet<Uuid>,
+    usernames: HashSet<String>,
 }
 
 /// A user of a chunk.
@@ -477,18 +479,28 @@ impl Chunk {
             mode,
             users: Vec::with_capacity(request.users.len()),
             refused: Vec::new(),
+            ids: HashSet::new(),
+            usernames: HashSet::new(),
         };
-        let (mut ids, mut usernames) = (HashSet::new(), HashSet::new());
         for (position, user) in (0..).zip(request.users) {
             let mut fields = Fields::default();
             let has_id = !user.id.is_empty();
-            let user = fields.new_user(user).filter(|user| fields.is_first(user, &mut ids, &mut usernames));
+            let user = fields
+                .new_user(user)
+                .filter(|user| fields.is_first(user, &mut chunk.ids, &mut chunk.usernames));
             match fields.finish(user) {
                 Ok(user) => chunk.users.push(ImportedUser { user, has_id }),
                 Err(error) => chunk.refused.push(failure(position, error)),
             }
         }
         Ok(chunk)
+    }
+
+    /// Whether there is an id or a username, or the number, that both have.
+    pub fn meets(&self, other: &Self) -> bool {
+        self.key == other.key
+            || !self.ids.is_disjoint(&other.ids)
+            || !self.usernames.is_disjoint(&other.usernames)
     }
 }
 
