@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
@@ -18,6 +18,7 @@ use crate::{
     db::{self, Db},
     embedded::Embedded,
     export::{self, Exports},
+    feed::{self, Feed},
     group::Limits,
     grouped, health,
     import::{self, Imports},
@@ -52,28 +53,16 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let reporter = health::reporter().await;
     let lanes = TaskTracker::new();
     let imports = Imports::new(Arc::clone(&db), config.max_imports, lanes.clone());
-    let export_timeout = Duration::from_millis(config.export_timeout_ms);
-    let (exports, export_connections) =
-        Exports::new(Arc::clone(&db), postgres.clone(), config.max_exports, export_timeout);
-    let users = Users::new(Arc::clone(&db), group_limits(&config), &lanes, imports, exports);
+    let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
+    let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
+    let users =
+        Users::new(Arc::clone(&db), group_limits(&config), &lanes, imports, exports, Arc::clone(&feed));
     let services = services(users, &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
     let mut tasks = JoinSet::new();
-    spawn(&mut tasks, &stop_tasks, {
-        let (db, reporter) = (Arc::clone(&db), reporter.clone());
-        let purge_interval = Duration::from_millis(config.purge_interval_ms);
-        async move {
-            prepare(&postgres, &db).await?;
-            tokio::join!(
-                health::watch_database(&postgres, &reporter),
-                db.warm(),
-                db.retire_connections(),
-                purge::run(&db, purge_interval),
-            );
-            Ok(())
-        }
-    });
+    let keeping = keep_database(postgres.clone(), Arc::clone(&db), reporter.clone(), config.clone());
+    spawn(&mut tasks, &stop_tasks, keeping);
     // They go on when the others stop, for those that are cut off at the end.
     let mut closers = JoinSet::new();
     closers.spawn(db::cancel_abandoned(abandoned));
@@ -82,6 +71,11 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     server.spawn({
         let (config, stop) = (config.clone(), stop_server.clone());
         async move { server::serve(listener, services, &config, stop).await }
+    });
+    // As long as there are streams.
+    server.spawn({
+        let stop = stop_server.clone();
+        async move { stop.run_until_cancelled(feed.publish(&postgres)).await.unwrap_or_default() }
     });
     tracing::info!(%addr, "listening");
 
@@ -117,6 +111,23 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     result
 }
 
+/// Makes the database ready, and looks after it from then on.
+async fn keep_database(
+    postgres: tokio_postgres::Config,
+    db: Arc<Db>,
+    reporter: HealthReporter,
+    config: Config,
+) -> anyhow::Result<()> {
+    prepare(&postgres, &db).await?;
+    tokio::join!(
+        health::watch_database(&postgres, &reporter),
+        db.warm(),
+        db.retire_connections(),
+        purge::run(&db, &config),
+    );
+    Ok(())
+}
+
 /// Brings the database's schema up to date.
 pub async fn migrate(config: Config) -> anyhow::Result<()> {
     let (embedded, postgres) = open(&config).await?;
@@ -145,7 +156,8 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     loop {
         let Err(error) = async {
             db::migrate(postgres).await?;
-            db.open().await
+            db.open().await?;
+            feed::adopt(db).await.map_err(|error| anyhow!("cannot read the change log: {error:?}"))
         }
         .await
         else {
@@ -186,6 +198,7 @@ pub fn statements() -> Vec<&'static str> {
         list::STATEMENTS,
         import::STATEMENTS,
         purge::STATEMENTS,
+        feed::STATEMENTS,
     ]
     .concat()
 }
@@ -202,7 +215,7 @@ fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Vec<Named
         NamedService {
             name: pb::user_service_server::SERVICE_NAME,
             service: Box::new(pb::user_service_server::UserServiceServer::new(users)),
-            streams: &["ImportUsers", "ExportUsers"],
+            streams: &["ImportUsers", "ExportUsers", "WatchUsers"],
         },
         NamedService {
             name: tonic_health::pb::health_server::SERVICE_NAME,

@@ -19,6 +19,7 @@ use crate::pb::user_service_client::UserServiceClient;
 pub mod export;
 pub mod files;
 pub mod import;
+pub mod watch;
 
 /// How long it may take to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

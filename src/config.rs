@@ -16,7 +16,7 @@ use clap::{
 use tokio_postgres::config::SslMode;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{export::Export, import::Import};
+use crate::cli;
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -47,9 +47,11 @@ pub enum Command {
         addr: Option<SocketAddr>,
     },
     /// Import users from a file into a running service; exit 1 if a line was refused.
-    Import(Import),
+    Import(cli::import::Import),
     /// Export all users of a running service to a file.
-    Export(Export),
+    Export(cli::export::Export),
+    /// Print every change of a user as a line of JSON.
+    Watch(cli::watch::Watch),
 }
 
 /// Every setting, as a flag or a variable of the environment; the flag wins.
@@ -124,6 +126,13 @@ pub struct Config {
     /// deleted meanwhile.
     #[arg(long, env, global = true, default_value_t = 900_000, value_parser = range::<u64>(1, 86_400_000))]
     pub export_timeout_ms: u64,
+    /// How long the change log is kept: how far back a watch can be resumed.
+    #[arg(long, env, global = true, default_value_t = 168, value_parser = range::<u32>(1, 87_600))]
+    pub change_retention_hours: u32,
+
+    /// WatchUsers streams, at most; more are refused.
+    #[arg(long, env, global = true, default_value_t = 1_000, value_parser = range::<usize>(1, 100_000))]
+    pub max_watchers: usize,
 
     /// Whether calls that wait for the same kind of statement share one. Off only
     /// to compare: the answers are the same.

@@ -20,7 +20,10 @@ use futures_util::{
     future::{self, BoxFuture},
     stream,
 };
-use tokio::{sync::mpsc, time};
+use tokio::{
+    sync::{Notify, mpsc},
+    time,
+};
 use tokio_postgres::{
     Client, NoTls, Row,
     error::{DbError, SqlState},
@@ -62,6 +65,8 @@ pub struct Db {
     abandoned: mpsc::UnboundedSender<Object>,
     /// Set once the schema is there; calls that come earlier are refused.
     is_migrated: AtomicBool,
+    /// Told of every write that was committed. That costs a write an atomic or two.
+    pub committed: Notify,
 }
 
 /// What [`cancel_abandoned`] works on.
@@ -107,6 +112,7 @@ impl Db {
             max_waiting: config.max_waiting_calls,
             abandoned,
             is_migrated: AtomicBool::new(false),
+            committed: Notify::new(),
         };
         Ok((db, receiver))
     }
@@ -134,7 +140,11 @@ impl Db {
             statement_us = micros(started.elapsed() - wait),
             "statement"
         );
-        connection.finish(access, result)
+        let rows = connection.finish(access, result)?;
+        if access == Access::Write {
+            self.committed.notify_one();
+        }
+        Ok(rows)
     }
 
     /// Refuses what comes before the schema is there.
@@ -282,15 +292,18 @@ pub async fn cancel_abandoned(abandoned: Abandoned) {
 
 /// What each connection is told first. There is one plan for each statement, the
 /// one that the tests look at, made when nothing is known yet of how large the
-/// tables will be: so it goes by indexes. A backend whose client has gone stops.
-pub fn session_settings(timeout_ms: u64) -> String {
+/// tables will be: so it goes by indexes. What it is thought to cost is then of no
+/// meaning, and must not have statements compiled. A backend whose client has gone
+/// stops.
+pub(crate) fn session_settings(timeout_ms: u64) -> String {
     format!(
         "set statement_timeout = {timeout_ms};
          set idle_in_transaction_session_timeout = {timeout_ms};
          set client_connection_check_interval = 1000;
          set plan_cache_mode = force_generic_plan;
          set enable_seqscan = off;
-         set enable_bitmapscan = off;"
+         set enable_bitmapscan = off;
+         set jit = off;"
     )
 }
 

@@ -26,6 +26,7 @@ pub mod reason {
     pub const FILTER_UNSUPPORTED: &str = "FILTER_UNSUPPORTED";
     pub const BATCH_TOO_LARGE: &str = "BATCH_TOO_LARGE";
     pub const REQUEST_ID_REUSED: &str = "REQUEST_ID_REUSED";
+    pub const RESUME_TOKEN_INVALID: &str = "RESUME_TOKEN_INVALID";
     pub const USER_ID_TAKEN: &str = "USER_ID_TAKEN";
     pub const USER_NOT_FOUND: &str = "USER_NOT_FOUND";
     pub const USER_DELETED: &str = "USER_DELETED";
@@ -96,6 +97,10 @@ pub enum Error {
         /// How many there may be.
         limit: usize,
     },
+    /// Changes after the token are gone from the change log.
+    ResumeTokenExpired,
+    /// The token is of another database, or of a history that this one has not had.
+    ResumeTokenForeign,
     /// There is no connection to the database, or it cannot write.
     DatabaseUnavailable,
     /// The connection broke while a change was being made.
@@ -245,6 +250,19 @@ impl Error {
                 "OVERLOADED",
                 format!("there are {limit} {what} under way, which is the limit; nothing was started"),
             ),
+            Self::ResumeTokenExpired => (
+                Code::OutOfRange,
+                "RESUME_TOKEN_EXPIRED",
+                "resume_token: it is too old, changes after it are gone: begin anew with send_initial_state"
+                    .into(),
+            ),
+            Self::ResumeTokenForeign => (
+                Code::FailedPrecondition,
+                "RESUME_TOKEN_FOREIGN",
+                "resume_token: it is of another database, or of one that was restored since: begin anew \
+                 with send_initial_state"
+                    .into(),
+            ),
             Self::DatabaseUnavailable => (
                 Code::Unavailable,
                 "DATABASE_UNAVAILABLE",
@@ -379,6 +397,13 @@ impl From<Error> for Status {
                     "user.id",
                     reason,
                     "there is a user with this id already",
+                )]);
+            }
+            Error::ResumeTokenExpired | Error::ResumeTokenForeign => {
+                details.set_bad_request([violation(
+                    "resume_token",
+                    reason,
+                    "begin anew with send_initial_state",
                 )]);
             }
             Error::UserNotFound { name } => {

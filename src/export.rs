@@ -23,8 +23,10 @@ use tokio_postgres::{Client, RowStream, types::ToSql};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
+    config::Config,
     db::{self, Db},
     error::{Access, Error},
+    feed::{self, point_from_row},
     input::Export,
     list, pb,
     telemetry::describe,
@@ -49,15 +51,12 @@ pub struct Exports {
 pub type Connections = mpsc::UnboundedReceiver<BoxFuture<'static, ()>>;
 
 impl Exports {
-    /// At most `limit` at a time, and none for longer than `timeout`.
-    pub fn new(
-        db: Arc<Db>,
-        postgres: tokio_postgres::Config,
-        limit: usize,
-        timeout: Duration,
-    ) -> (Self, Connections) {
+    /// None yet.
+    pub fn new(db: Arc<Db>, postgres: tokio_postgres::Config, config: &Config) -> (Self, Connections) {
         let (connections, receiver) = mpsc::unbounded_channel();
+        let limit = config.max_exports;
         let places = Arc::new(Semaphore::new(limit));
+        let timeout = Duration::from_millis(config.export_timeout_ms);
         (Self { db, postgres, places, limit, timeout, connections }, receiver)
     }
 
@@ -133,11 +132,12 @@ impl Session {
         );
         let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
-        let beginning = self.client.query_one(list::BEGINNING, &[]).await.map_err(refused)?;
+        let now = self.client.query_opt(feed::NOW, &[]).await.map_err(refused)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;
-        Ok((list::beginning(&beginning)?, rows))
+        let point = now.as_ref().map(point_from_row).transpose()?.flatten();
+        Ok((point.map(|point| point.to_token()).unwrap_or_default(), rows))
     }
 
     fn failure(&self, error: &tokio_postgres::Error) -> Error {

@@ -17,6 +17,7 @@ use crate::{
     names::{self, Email, KeyRange, Username},
     page::{Key, Order, Page, Position, Selection},
     pb,
+    point::Token,
 };
 
 /// A user to create.
@@ -513,6 +514,36 @@ fn failure(position: i32, error: Error) -> pb::ImportFailure {
         pb::ImportViolation { field, reason: reason.to_owned(), description }
     });
     pb::ImportFailure { position, violations: violations.collect() }
+}
+
+/// [`pb::WatchUsersRequest`].
+#[derive(Debug)]
+pub enum Watch {
+    /// What happens from now on.
+    FromNow,
+    /// All users, and then what happens.
+    InitialState,
+    /// What came after a token.
+    Resume(Token),
+}
+
+impl Watch {
+    /// Parses the request.
+    pub fn parse(request: &pb::WatchUsersRequest) -> Result<Self, Error> {
+        match (request.resume_token.as_str(), request.send_initial_state) {
+            ("", false) => Ok(Self::FromNow),
+            ("", true) => Ok(Self::InitialState),
+            (_, true) => {
+                let what = "goes without resume_token: the token says where to go on";
+                Err(Error::invalid("send_initial_state", reason::FIELD_INVALID, what))
+            }
+            (token, false) => Token::parse(token).map(Self::Resume).ok_or_else(|| {
+                let what =
+                    "is not a whole token of WatchUsers or ListUsers: begin anew with send_initial_state";
+                Error::invalid("resume_token", reason::RESUME_TOKEN_INVALID, what)
+            }),
+        }
+    }
 }
 
 /// The fields of an update that a mask selects.

@@ -16,8 +16,8 @@
 //!
 //! | file | what lives there |
 //! |--|--|
-//! | `main.rs` | the command line: `serve`, `migrate`, `check`, `import`, `export` |
-//! | [`cli`] | `import` and `export`, as clients of a running service; their files |
+//! | `main.rs` | the command line: `serve`, `migrate`, `check`, and what is in [`cli`] |
+//! | [`cli`] | the commands that talk to a running service: `import` and `export`, their files, and `watch` |
 //! | [`config`] | every setting; the only one that reads the environment |
 //! | [`app`] | wires, starts and stops; what [`server`] and [`group`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
@@ -25,6 +25,7 @@
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
 //! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |
+//! | [`feed`], [`point`], [`watch`] | the change log as a feed: its statements and the one reader; where one is in history, and the tokens for it; a stream |
 //! | [`group`] | the gathering of calls, whatever they are about |
 //! | [`db`] | the pool, what every statement goes through, the migrations |
 //! | [`embedded`] | the private PostgreSQL, when `DATABASE_URL` is unset |
@@ -42,6 +43,9 @@
 //!   log, not with request ids or chunks of imports, not in any log line.
 //! - A stream goes at its client's pace: memory is bounded, and no connection of the
 //!   pool waits for a client.
+//! - What lies between two points in history is delivered to whoever watches: points
+//!   are sets of transactions, not positions in a sequence. A watch costs the process
+//!   no task, no connection, and no buffer of its own.
 //! - `pb::User` is the user. There is no other.
 //!
 //! # What is absent on purpose
@@ -58,6 +62,7 @@ pub mod db;
 pub mod embedded;
 pub mod error;
 pub mod export;
+pub mod feed;
 pub mod group;
 pub mod grouped;
 pub mod health;
@@ -67,11 +72,13 @@ pub mod list;
 pub mod lookup;
 pub mod names;
 pub mod page;
+pub mod point;
 pub mod purge;
 pub mod server;
 pub mod service;
 pub mod telemetry;
 pub mod users;
+pub mod watch;
 
 /// The contract, generated from `proto/`.
 pub mod pb {

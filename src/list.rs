@@ -5,7 +5,8 @@ use tokio_postgres::{Row, types::ToSql};
 use crate::{
     db::Db,
     error::{Access, Error},
-    page::{Key, Order, Page, Position, Selection, watch_token},
+    feed::{BEHIND_POINT, here, point_from_row},
+    page::{Key, Order, Page, Position, Selection},
     pb,
     users::{CREATE_TIME, EXTRA, ID, column, user_columns, user_from_row},
 };
@@ -73,11 +74,12 @@ const EMAIL_ASC: Statements = statements!(
 const USERNAME_ASC: Statements =
     statements!("(username_key, id) > ($1, $2) and (username_key, id) < ($3, $4)", "username_key, id");
 
-/// Statistics, and the point in history that a watch goes on from. A standby
-/// cannot name one: its snapshots do not know of all running transactions.
-pub(crate) const BEGINNING: &str = "select greatest(reltuples, 0)::bigint, system_identifier,
-    case when not pg_is_in_recovery() then pg_current_snapshot()::text end
-from pg_class, pg_control_system() where oid = 'users'::regclass";
+/// The point in history that a watch goes on from, and statistics.
+const BEGINNING: &str = concat!(
+    "select here.*, greatest(reltuples, 0)::bigint from pg_class left join ",
+    here!(),
+    " on true where pg_class.oid = 'users'::regclass"
+);
 
 /// Returns a page.
 pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> {
@@ -87,8 +89,8 @@ pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> 
     if page.is_first
         && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
     {
-        response.total_size_estimate = column(row, 0)?;
-        response.watch_token = beginning(row)?;
+        response.watch_token = point_from_row(row)?.map(|point| point.to_token()).unwrap_or_default();
+        response.total_size_estimate = column(row, BEHIND_POINT)?;
     }
     let mut rows = walk(db, page).await?;
     if rows.len() > page.size {
@@ -99,13 +101,6 @@ pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> 
     }
     response.users = rows.iter().map(user_from_row).collect::<Result<_, _>>()?;
     Ok(response)
-}
-
-/// The watch token that a row of [`BEGINNING`] makes; empty on a standby.
-pub(crate) fn beginning(row: &Row) -> Result<String, Error> {
-    let snapshot: Option<&str> = column(row, 2)?;
-    let system_identifier = column(row, 1)?;
-    Ok(snapshot.map_or_else(String::new, |snapshot| watch_token(system_identifier, snapshot)))
 }
 
 /// The users of the page, and one more if there is one.

@@ -23,6 +23,9 @@ async fn main() -> ExitCode {
         Command::Export(args) => cli::export::run(args, config.local_addr().to_string()).await,
         Command::Serve => with_log(&config, app::serve(config.clone())).await,
         Command::Migrate => with_log(&config, app::migrate(config.clone())).await,
+        Command::Watch(args) => {
+            with_log(&config, cli::watch::run(args, config.local_addr().to_string())).await
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -144,7 +144,7 @@ impl Order {
     }
 }
 
-fn to_micros(time: SystemTime) -> i64 {
+pub(crate) fn to_micros(time: SystemTime) -> i64 {
     let micros = |d: Duration| i64::try_from(d.as_micros()).unwrap_or(i64::MAX);
     match time.duration_since(SystemTime::UNIX_EPOCH) {
         Ok(since) => micros(since),
@@ -153,26 +153,13 @@ fn to_micros(time: SystemTime) -> i64 {
 }
 
 /// The time, unless it is out of the years 1 to 9999.
-fn from_micros(micros: i64) -> Option<SystemTime> {
+pub(crate) fn from_micros(micros: i64) -> Option<SystemTime> {
     let distance = Duration::from_micros(micros.unsigned_abs());
     match micros {
         -62_135_596_800_000_000..0 => SystemTime::UNIX_EPOCH.checked_sub(distance),
         0..253_402_300_800_000_000 => SystemTime::UNIX_EPOCH.checked_add(distance),
         _ => None,
     }
-}
-
-/// The token from which a watch goes on after a list: the point in the history
-/// of all users that is `snapshot`, in the cluster with this identifier.
-pub fn watch_token(system_identifier: i64, snapshot: &str) -> String {
-    seal(b"watch", format!("{system_identifier} {snapshot}").as_bytes())
-}
-
-/// The cluster and the snapshot that a watch token was made of.
-pub fn open_watch_token(token: &str) -> Option<(i64, String)> {
-    let text = String::from_utf8(open(b"watch", token)?).ok()?;
-    let (system_identifier, snapshot) = text.split_once(' ')?;
-    Some((system_identifier.parse().ok()?, snapshot.to_owned()))
 }
 
 /// Octets of a seal. It guards against accidents, such as a token cut short or
@@ -187,11 +174,13 @@ fn checksum(context: &[u8], payload: &[u8]) -> [u8; SEAL_OCTETS] {
     seal
 }
 
-fn seal(context: &[u8], payload: &[u8]) -> String {
+/// A text that [`open`] can read, if it comes back whole and to the same place.
+pub fn seal(context: &[u8], payload: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode([&checksum(context, payload), payload].concat())
 }
 
-fn open(context: &[u8], token: &str) -> Option<Vec<u8>> {
+/// What was sealed, if this is a seal of this context.
+pub fn open(context: &[u8], token: &str) -> Option<Vec<u8>> {
     let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
     let (seal, payload) = bytes.split_first_chunk()?;
     (*seal == checksum(context, payload)).then(|| payload.to_vec())

@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::time;
 
 use crate::{
-    db::Db,
+    config::Config,
+    db::{Db, Params},
     error::{Access, Error},
     users::column,
 };
@@ -55,7 +56,9 @@ with turn as materialized (
 )
 select count(*) from gone";
 
-/// The oldest changes, as far as they are older than the retention of 7 days.
+/// The oldest changes, as far as they are older than the retention of `$1` hours and
+/// nobody can still add to them. The newest of them is noted, so that it is known who
+/// has missed something.
 const PURGE_CHANGES: &str = "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
@@ -64,22 +67,30 @@ with turn as materialized (
 ), gone as (
     delete from user_changes using oldest, turn
     where is_ours and user_changes.xid = oldest.xid and user_changes.seq = oldest.seq
-        and oldest.time < now() - interval '7 days'
-    returning 1
+        and oldest.time < now() - $1::integer * interval '1 hour'
+        and oldest.xid < pg_snapshot_xmin(pg_current_snapshot())
+    returning user_changes.xid, user_changes.time
+), noted as (
+    update user_feed set purged_xid = newest.xid, purged_time = newest.time
+    from (select xid, time from gone order by xid desc limit 1) as newest
+    where newest.xid > purged_xid
 )
 select count(*) from gone";
 
-/// Purges once every `interval`, for ever.
-pub async fn run(db: &Db, interval: Duration) {
+/// Purges now and then, for ever.
+pub async fn run(db: &Db, config: &Config) {
+    let interval = Duration::from_millis(config.purge_interval_ms);
+    let hours = i32::try_from(config.change_retention_hours).unwrap_or(i32::MAX);
+    let what_goes: [(_, _, Params<'_>); 4] = [
+        ("users", PURGE_USERS, &[]),
+        ("requests", PURGE_REQUESTS, &[]),
+        ("import chunks", PURGE_IMPORT_CHUNKS, &[]),
+        ("changes", PURGE_CHANGES, &[&hours]),
+    ];
     loop {
         time::sleep(interval).await;
-        for (what, sql) in [
-            ("users", PURGE_USERS),
-            ("requests", PURGE_REQUESTS),
-            ("import chunks", PURGE_IMPORT_CHUNKS),
-            ("changes", PURGE_CHANGES),
-        ] {
-            match purge(db, sql).await {
+        for (what, sql, params) in what_goes {
+            match purge(db, sql, params).await {
                 Ok(0) => {}
                 Ok(count) => tracing::info!(what, count, "purged"),
                 // Nothing is lost by trying again at the next turn.
@@ -89,10 +100,10 @@ pub async fn run(db: &Db, interval: Duration) {
     }
 }
 
-async fn purge(db: &Db, sql: &'static str) -> Result<i64, Error> {
+async fn purge(db: &Db, sql: &'static str, params: Params<'_>) -> Result<i64, Error> {
     let mut total: i64 = 0;
     loop {
-        let rows = db.run(Access::Write, sql, &[]).await?;
+        let rows = db.run(Access::Write, sql, params).await?;
         match rows.first().map_or(Ok(0), |row| column(row, 0))? {
             0 => return Ok(total),
             count => total += count,

@@ -11,22 +11,25 @@ use crate::{
     db::Db,
     error::{Error, reason},
     export::Exports,
+    feed::Feed,
     group::{Group, Limits},
     grouped::{Creates, Deletes, Gets, Updates},
     import::Imports,
     input::{
         Batch, Change, Chunk, Create, Delete, Export, Expunge, Lookup, NewUser, Removal, Undelete, Update,
-        UserKey,
+        UserKey, Watch,
     },
     list, lookup,
     names::Username,
     page::Page,
     pb, users,
+    watch::Watcher,
 };
 
 /// The service `users.v1.UserService`.
 pub struct Users {
     db: Arc<Db>,
+    feed: Arc<Feed>,
     gets: Arc<Group<Gets>>,
     creates: Arc<Group<Creates>>,
     updates: Arc<Group<Updates>>,
@@ -37,7 +40,14 @@ pub struct Users {
 
 impl Users {
     /// The service on this database, with groups within these limits.
-    pub fn new(db: Arc<Db>, limits: Limits, tasks: &TaskTracker, imports: Imports, exports: Exports) -> Self {
+    pub fn new(
+        db: Arc<Db>,
+        limits: Limits,
+        tasks: &TaskTracker,
+        imports: Imports,
+        exports: Exports,
+        feed: Arc<Feed>,
+    ) -> Self {
         Self {
             imports,
             exports,
@@ -46,6 +56,7 @@ impl Users {
             updates: Group::new(Updates(Arc::clone(&db)), limits, tasks.clone()),
             deletes: Group::new(Deletes(Arc::clone(&db)), limits, tasks.clone()),
             db,
+            feed,
         }
     }
 }
@@ -186,5 +197,13 @@ impl pb::user_service_server::UserService for Users {
         let export = Export::parse(request.into_inner())?;
         let parts = self.exports.run(&export).await?;
         Ok(Response::new(parts.map_err(Status::from).boxed()))
+    }
+
+    type WatchUsersStream = AnswerStream<pb::WatchUsersResponse>;
+
+    async fn watch_users(&self, request: Request<pb::WatchUsersRequest>) -> Answer<Self::WatchUsersStream> {
+        let watch = Watch::parse(request.get_ref())?;
+        let watcher = Watcher::start(Arc::clone(&self.feed), watch).await?;
+        Ok(Response::new(watcher.into_stream().boxed()))
     }
 }

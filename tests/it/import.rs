@@ -497,6 +497,27 @@ async fn a_client_that_is_faster_than_the_database_is_held_back() {
 }
 
 #[tokio::test]
+async fn chunks_that_share_a_user_are_written_in_the_order_in_which_they_are_sent() {
+    let (server, database) = server().await;
+    let client = server.client().await;
+    let id = new_request_id();
+    // The larger one takes longer, and the smaller one comes right behind it.
+    let chunks = (1..=60).map(|number| {
+        let alice = pb::User { display_name: format!("Alice {number}"), ..user("alice") };
+        let mut users = if number % 2 == 0 { Vec::new() } else { some_users(&format!("n{number}x"), 300) };
+        users.push(alice);
+        chunk(&id, number, ImportMode::Overwrite, users)
+    });
+    let (acks, end) = import(&client, chunks.collect()).await;
+    assert!(end.is_none(), "{end:?}");
+    assert_eq!(acks.iter().map(|ack| ack.chunk).collect::<Vec<_>>(), (1..=60).collect::<Vec<_>>());
+    assert_eq!(acks.iter().map(|ack| ack.updated).sum::<i32>(), 59);
+    let alice = get(&client, "alice").await;
+    assert_eq!((alice.revision, alice.display_name.as_str()), (60, "Alice 60"));
+    assert_eq!(database.count("select count(*) from users").await, 1 + 30 * 300);
+}
+
+#[tokio::test]
 async fn a_client_that_does_not_read_its_acknowledgements_keeps_no_connection_of_the_pool() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("POOL_SIZE", "1"), ("POOL_WAIT_TIMEOUT_MS", "2000")]).await;

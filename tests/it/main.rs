@@ -27,6 +27,9 @@ mod import;
 mod list;
 mod lookup;
 mod migrations;
+/// The very code that is to be copied.
+#[path = "../../examples/mirror.rs"]
+mod mirror;
 mod private_postgres;
 mod races;
 mod read;
@@ -34,4 +37,6 @@ mod retries;
 mod settings;
 mod start_and_stop;
 mod support;
+mod under_fire;
 mod update;
+mod watch;
