@@ -255,7 +255,7 @@ impl Begun {
         let answering = AssertUnwindSafe(self.answering).catch_unwind();
         match time::timeout(self.timeout, answering).await {
             Ok(Ok(Ok(response))) if self.is_stream => {
-                response.map(|body| until_stopped(body, shared.stop.clone(), stopping()))
+                explained(response).map(|body| until_stopped(body, shared.stop.clone(), stopping()))
             }
             Ok(Ok(Ok(response))) => explained(response),
             Ok(Err(panic)) => {
