@@ -12,8 +12,8 @@ use std::{
 
 use anyhow::Context;
 use deadpool_postgres::{
-    ClientWrapper, Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod,
-    Runtime, TimeoutType,
+    ClientWrapper, Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, QueueMode,
+    RecyclingMethod, Runtime, TimeoutType,
 };
 use futures_util::{
     FutureExt, StreamExt,
@@ -88,6 +88,8 @@ impl Db {
         let statements: Arc<[&str]> = statements.into();
         let pool = Pool::builder(manager)
             .max_size(config.pool_size)
+            // The one that came back last: what it needs is still in its caches.
+            .queue_mode(QueueMode::Lifo)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_millis(config.pool_wait_timeout_ms)))
             .create_timeout(Some(CONNECT_TIMEOUT))
