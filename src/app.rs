@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
@@ -53,7 +53,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let db = Arc::new(db);
     let reporter = health::reporter().await;
     let lanes = TaskTracker::new();
-    let imports = Imports::new(Arc::clone(&db), config.max_imports, lanes.clone());
+    let imports = Imports::new(Arc::clone(&db), &config, lanes.clone());
     let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
     let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
     let users =
@@ -157,8 +157,8 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     loop {
         let Err(error) = async {
             db::migrate(postgres).await?;
-            db.open().await?;
-            feed::adopt(db).await.map_err(|error| anyhow!("cannot read the change log: {error:?}"))
+            feed::adopt(postgres).await?;
+            db.open().await
         }
         .await
         else {

@@ -184,11 +184,21 @@ impl Error {
         }
     }
 
+    /// A message that is refused before it is decoded.
+    pub fn too_many_elements() -> Self {
+        Self::invalid(
+            "request",
+            reason::BATCH_TOO_LARGE,
+            "has too many elements: lists may have at most 1000",
+        )
+    }
+
     /// Why a message of a stream could not be read.
     pub fn of_message(status: &Status) -> Self {
         let what = match status.code() {
             Code::OutOfRange => "is too large: at most 4 MiB",
             Code::Unavailable => return Self::Stopping,
+            Code::InvalidArgument => return Self::too_many_elements(),
             _ => "is not a message of this rpc",
         };
         Self::invalid("request", reason::FIELD_INVALID, what)

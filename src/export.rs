@@ -136,8 +136,9 @@ impl Session {
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;
+        // A standby has no point; without one, whoever watches on would miss something.
         let point = now.as_ref().map(point_from_row).transpose()?.flatten();
-        Ok((point.map(|point| point.to_token()).unwrap_or_default(), rows))
+        Ok((point.ok_or(Error::DatabaseUnavailable)?.to_token(), rows))
     }
 
     fn failure(&self, error: &tokio_postgres::Error) -> Error {

@@ -128,8 +128,14 @@ with here as (
 select from adopted";
 
 /// Makes the change log this database's own, if it is of another one.
-pub async fn adopt(db: &Db) -> Result<(), Error> {
-    if !db.run(Access::Write, ADOPT, &[]).await?.is_empty() {
+pub async fn adopt(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
+    // Without the time limit of calls: the log may be large.
+    let (client, connection) = db::connect(postgres).await?;
+    let adopted = tokio::select! {
+        adopted = client.query(ADOPT, &[]) => adopted?,
+        () = connection => anyhow::bail!("the connection broke"),
+    };
+    if !adopted.is_empty() {
         tracing::warn!("emptied the change log, which was of another database: watches begin anew");
     }
     Ok(())

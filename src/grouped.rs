@@ -119,7 +119,7 @@ impl Work for Gets {
 }
 
 /// Who asks for a username that somebody has is left out. If somebody takes it in
-/// this moment, that fails the group. (`on conflict do nothing` would not, but every
+/// this moment, or if only the id is taken, that fails the group. (`on conflict do nothing` would not, but every
 /// row would pay for it.) What is `fresh` is created, all of it, so nothing that is
 /// written needs to be joined with what was asked.
 const CREATE: &str = concat!(

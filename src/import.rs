@@ -18,6 +18,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use uuid::Uuid;
 
 use crate::{
+    config::Config,
     db::Db,
     error::{Access, Error, reason},
     input::Chunk,
@@ -42,13 +43,17 @@ pub struct Imports {
     db: Arc<Db>,
     places: Arc<Semaphore>,
     limit: usize,
+    /// All imports together write with no more than half of the pool.
+    turns: Arc<Semaphore>,
     tasks: TaskTracker,
 }
 
 impl Imports {
-    /// At most `limit` at a time. Their tasks end with the chunk that they write.
-    pub fn new(db: Arc<Db>, limit: usize, tasks: TaskTracker) -> Self {
-        Self { db, places: Arc::new(Semaphore::new(limit)), limit, tasks }
+    /// None yet. Their tasks end with the chunk that they write.
+    pub fn new(db: Arc<Db>, config: &Config, tasks: TaskTracker) -> Self {
+        let limit = config.max_imports;
+        let turns = Arc::new(Semaphore::new(config.pool_size.div_ceil(2)));
+        Self { db, places: Arc::new(Semaphore::new(limit)), limit, turns, tasks }
     }
 
     /// Writes chunks and acknowledges each, in their order; the first error is the
@@ -62,6 +67,7 @@ impl Imports {
             .map_err(|_| Error::TooManyStreams { what: "imports", limit: self.limit })?;
         let import = Import {
             db: Arc::clone(&self.db),
+            turns: Arc::clone(&self.turns),
             tasks: self.tasks.clone(),
             chunks: chunks.fuse(),
             next: None,
@@ -79,6 +85,7 @@ impl Imports {
 /// An import under way.
 struct Import {
     db: Arc<Db>,
+    turns: Arc<Semaphore>,
     tasks: TaskTracker,
     chunks: Fuse<BoxStream<'static, Result<Chunk, Error>>>,
     /// What is written next.
@@ -115,8 +122,11 @@ impl Import {
             && let Ok(chunk) = chunk.map(Arc::new)
         {
             self.written.push_back(Arc::clone(&chunk));
-            let db = Arc::clone(&self.db);
-            let task = self.tasks.spawn(async move { import(&db, &chunk).await });
+            let (db, turns) = (Arc::clone(&self.db), Arc::clone(&self.turns));
+            let task = self.tasks.spawn(async move {
+                let _turn = turns.acquire().await;
+                import(&db, &chunk).await
+            });
             self.writing.push_back(AbortOnDropHandle::new(task));
         }
     }

@@ -21,7 +21,7 @@
 //! | [`config`] | every setting; the only one that reads the environment |
 //! | [`app`] | wires, starts and stops; what [`server`] and [`group`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
-//! | [`service`] | the rpcs, a few lines each |
+//! | [`codec`], [`service`] | how messages are read; the rpcs, a few lines each |
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
 //! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |
@@ -57,6 +57,7 @@
 pub mod app;
 pub mod batch;
 pub mod cli;
+pub mod codec;
 pub mod config;
 pub mod db;
 pub mod embedded;

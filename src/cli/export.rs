@@ -1,7 +1,6 @@
 //! `user-service export`.
 
 use std::{
-    fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -12,7 +11,7 @@ use tokio::task;
 use tonic::transport::Channel;
 
 use super::{
-    beside, connect, explain,
+    connect, explain,
     files::{Format, Writer},
     is_standard, progress_bar, say,
 };
@@ -41,25 +40,17 @@ pub async fn run(args: Export, default_addr: String) -> anyhow::Result<()> {
         write(&mut client, format, io::stdout()).await?.flush().context("cannot write")?;
         return Ok(());
     }
-    let part = beside(&args.file, ".part");
-    let written = to_file(&mut client, format, &part, &args.file).await;
-    if written.is_err() {
-        let _ = fs::remove_file(&part);
-    }
-    written
+    to_file(&mut client, format, &args.file).await
 }
 
-async fn to_file(
-    client: &mut UserServiceClient<Channel>,
-    format: Format,
-    part: &Path,
-    path: &Path,
-) -> anyhow::Result<()> {
-    let cannot_write = || format!("cannot write {}", part.display());
-    let file = File::create(part).with_context(cannot_write)?;
+async fn to_file(client: &mut UserServiceClient<Channel>, format: Format, path: &Path) -> anyhow::Result<()> {
+    let cannot_write = || format!("cannot write {}", path.display());
+    // Beside it, under a name that nobody else has, and for nobody else to read.
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let file = tempfile::Builder::new().suffix(".part").tempfile_in(dir).with_context(cannot_write)?;
     let file = write(client, format, file).await?;
-    file.sync_all().with_context(cannot_write)?;
-    fs::rename(part, path).with_context(|| format!("cannot write {}", path.display()))
+    file.as_file().sync_all().with_context(cannot_write)?;
+    file.persist(path).map(drop).with_context(cannot_write)
 }
 
 /// Writes all users to a file, and gives it back.

@@ -132,8 +132,14 @@ pub async fn run(args: Import, default_addr: String) -> anyhow::Result<()> {
 /// The id of the import, and the file in which it is kept until the end: with it,
 /// an import that is begun again does nothing twice.
 fn import_id(args: &Import) -> anyhow::Result<(Uuid, Option<PathBuf>)> {
-    if args.import_id.is_some() || is_standard(&args.file) {
-        return Ok((args.import_id.unwrap_or_else(Uuid::now_v7), None));
+    if let Some(id) = args.import_id {
+        return Ok((id, None));
+    }
+    if is_standard(&args.file) {
+        // Now, since whoever is killed says nothing.
+        let id = Uuid::now_v7();
+        say(&format!("if this is cut, the same input with --import-id {id} goes on with it"));
+        return Ok((id, None));
     }
     let path = beside(&args.file, ".import");
     let id = match fs::read_to_string(&path) {
@@ -190,18 +196,21 @@ struct Total {
 impl Run {
     /// Imports all, in as many streams as it takes.
     async fn finish(&mut self, client: &mut UserServiceClient<Channel>) -> anyhow::Result<()> {
-        let (mut delay, mut deadline) = (RETRY_DELAY_MIN, Instant::now() + RETRY_LIMIT);
+        let (mut delay, mut failing_since) = (RETRY_DELAY_MIN, None);
         loop {
             let first_pending = self.first_pending();
             let Err(error) = self.in_one_stream(client).await else { return Ok(()) };
             let Some(status) = error.downcast_ref::<Status>() else { return Err(error) };
             if self.first_pending() > first_pending {
-                (delay, deadline) = (RETRY_DELAY_MIN, Instant::now() + RETRY_LIMIT);
+                (delay, failing_since) = (RETRY_DELAY_MIN, None);
             }
-            if !is_passing(status) || Instant::now() > deadline {
+            let since = *failing_since.get_or_insert_with(|| {
+                self.bar.suspend(|| say(&format!("interrupted, trying again: {}", explain(status))));
+                Instant::now()
+            });
+            if !is_passing(status) || since.elapsed() > RETRY_LIMIT {
                 bail!("{}", explain(status));
             }
-            self.bar.set_message(explain(status));
             time::sleep(delay).await;
             delay = (delay * 2).min(RETRY_DELAY_MAX);
         }

@@ -19,7 +19,7 @@ use tokio::{
 };
 use user_service::{embedded::Embedded, pb};
 
-use crate::support::*;
+use crate::{support::*, under_fire::crash};
 
 /// What the service logs in tests with many users.
 const LOG: (&str, &str) = ("RUST_LOG", "user_service=debug");
@@ -294,7 +294,7 @@ async fn an_import_that_was_killed_goes_on_when_it_is_begun_again() {
 }
 
 #[tokio::test]
-async fn an_import_survives_a_restart_of_the_database() {
+async fn an_import_survives_a_crash_of_the_database() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let postgres = Embedded::start(dir.path()).await.unwrap();
     let database = Database { socket_dir: dir.path().into(), name: "postgres".into() };
@@ -305,7 +305,7 @@ async fn an_import_survives_a_restart_of_the_database() {
     let import = begin(&server.addr, &["import", &file]);
     let rows = async || database.count("select count(*) from users").await;
     eventually("the import goes on", async || (rows().await > 0).then_some(())).await;
-    postgres.stop().await.unwrap();
+    crash(dir.path()).await;
     drop(postgres);
     let postgres = Embedded::start(dir.path()).await.unwrap();
     assert!(rows().await < 50_000, "the import was over too early");
@@ -425,8 +425,10 @@ async fn an_export_that_breaks_off_leaves_no_file_and_the_old_one_as_it_was() {
     let files = Files::new();
     let file = files.write("out.jsonl", "the old one");
     let export = begin(&server.addr, &["export", &file]);
-    let part = files.path("out.jsonl.part");
-    let has_begun = async || fs::metadata(&part).is_ok_and(|part| part.len() > 0).then_some(());
+    let has_begun = async || {
+        let part = files.names().into_iter().find(|name| name.ends_with(".part"))?;
+        fs::metadata(files.path(&part)).is_ok_and(|part| part.len() > 0).then_some(())
+    };
     eventually("it has begun", has_begun).await;
     server.signal("KILL");
     said(export.wait_with_output().await.unwrap(), false);

@@ -380,3 +380,22 @@ async fn messages_that_are_none_are_refused_and_the_connection_goes_on() {
     assert_eq!(status, 415);
     created(&mut server.client().await, "alice").await;
 }
+
+#[tokio::test]
+async fn a_message_of_very_many_very_small_elements_is_refused_before_it_takes_memory() {
+    let (server, _) = server().await;
+    let before = server.peak_memory();
+    // Two octets each: the number of the list, and an empty element.
+    let lists = [("LookupUsers", 0x0a), ("BatchCreateUsers", 0x0a), ("ImportUsers", 0x22)];
+    for (rpc, tag) in lists {
+        let path = format!("/users.v1.UserService/{rpc}");
+        let message = framed(&[tag, 0].repeat((4 << 20) / 2 - 8));
+        let (_, headers) = send(&server, &path, "application/grpc", "9S", message).await;
+        let status = Status::from_header_map(&headers).unwrap();
+        let status = assert_refused(Err::<(), _>(status), Code::InvalidArgument, "BATCH_TOO_LARGE");
+        assert_eq!(violations(&status)[0].0, "request");
+    }
+    // They would take some 400 MiB.
+    let growth = server.peak_memory() - before;
+    assert!(growth < 64 << 20, "{growth}");
+}

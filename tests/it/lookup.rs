@@ -181,5 +181,5 @@ async fn no_lookup_sees_half_of_a_batch() {
         seen.insert(name);
     }
     writer.await.unwrap();
-    assert!(!seen.is_empty());
+    assert!(seen.len() > 1);
 }

@@ -209,8 +209,17 @@ impl Server {
 
     /// Its resident memory, in octets.
     pub fn memory(&self) -> usize {
+        self.octets("VmRSS:")
+    }
+
+    /// The most that it ever had.
+    pub fn peak_memory(&self) -> usize {
+        self.octets("VmHWM:")
+    }
+
+    fn octets(&self, what: &str) -> usize {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        let line = status.lines().find(|line| line.starts_with(what)).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
     }
 

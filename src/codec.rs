@@ -1,0 +1,93 @@
+//! The codec of the messages: protobuf, unless a message has far more elements than
+//! any rpc takes.
+//!
+//! An element of two octets on the wire can be two hundred in memory, so the limit on
+//! the size of a message says little about what it takes to decode it. The limit on
+//! elements that an rpc states is looked at later, when they can be named.
+
+use std::marker::PhantomData;
+
+use prost::{
+    Message,
+    bytes::Buf,
+    encoding::{DecodeContext, decode_key, skip_field},
+};
+use tonic::{
+    Status,
+    codec::{Codec, DecodeBuf, Decoder},
+};
+use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
+
+use crate::error::Error;
+
+/// Fields of a message, each element of a list counted: ten times as many as the
+/// largest list has that any rpc takes.
+const MAX_FIELDS: usize = 10_000;
+
+/// See above. The generated code names it.
+#[derive(Debug)]
+pub struct BoundedCodec<T, U>(PhantomData<(T, U)>);
+
+impl<T, U> Default for BoundedCodec<T, U> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<T, U> Codec for BoundedCodec<T, U>
+where
+    T: Message + Send + 'static,
+    U: Message + Default + Send + 'static,
+{
+    type Encode = T;
+    type Decode = U;
+    type Encoder = ProstEncoder<T>;
+    type Decoder = BoundedDecoder<U>;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        ProstCodec::<T, U>::default().encoder()
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        BoundedDecoder(ProstCodec::<T, U>::default().decoder())
+    }
+}
+
+/// Decodes messages that have not too many elements.
+#[derive(Debug)]
+pub struct BoundedDecoder<U>(ProstDecoder<U>);
+
+impl<U: Message + Default> Decoder for BoundedDecoder<U> {
+    type Item = U;
+    type Error = Status;
+
+    fn decode(&mut self, message: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
+        if has_too_many_fields(message.chunk()) {
+            return Err(Error::too_many_elements().into());
+        }
+        self.0.decode(message)
+    }
+}
+
+/// What is no protobuf has not too many: the decoder says better what it is.
+fn has_too_many_fields(mut message: &[u8]) -> bool {
+    let mut skip = || {
+        let (tag, wire_type) = decode_key(&mut message).ok()?;
+        skip_field(wire_type, tag, &mut message, DecodeContext::default()).ok()
+    };
+    (0..=MAX_FIELDS).all(|_| skip().is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_counted_up_to_the_limit() {
+        let empty_elements = |count| [0x22, 0].repeat(count);
+        assert!(!has_too_many_fields(&empty_elements(MAX_FIELDS)));
+        assert!(has_too_many_fields(&empty_elements(MAX_FIELDS + 1)));
+        assert!(!has_too_many_fields(&[0xff; 100_000]));
+        assert!(!has_too_many_fields(&[]));
+    }
+}
