@@ -44,8 +44,7 @@ select owner.*, null, wanted.email_key from unnest($3::text[]) as wanted (email_
         (select * from users where $4 and email_key = wanted.email_key and delete_time is not null
         order by create_time, id limit $5)
     ) as both_walks order by create_time, id limit $5
-) as owner
-order by create_time, id"
+) as owner"
 );
 
 /// What a user is found by: an id, or the key of a name.
@@ -89,12 +88,14 @@ pub async fn lookup(db: &Db, lookup: &Lookup) -> Result<Vec<pb::LookupUsersResul
             (None, Some(email)) => Found::Email(email),
             (None, None) => Found::Id(column(row, ID)?),
         };
-        let result = results.entry(found).or_default();
-        if result.users.len() < USERS_PER_EMAIL_MAX {
-            result.users.push(user_from_row(row)?);
-        } else {
-            result.has_more = true;
-        }
+        results.entry(found).or_default().users.push(user_from_row(row)?);
+    }
+    for result in results.values_mut().filter(|result| result.users.len() > 1) {
+        let age =
+            |user: &pb::User| (user.create_time.map(|time| (time.seconds, time.nanos)), user.id.clone());
+        result.users.sort_by_cached_key(age);
+        result.has_more = result.users.len() > USERS_PER_EMAIL_MAX;
+        result.users.truncate(USERS_PER_EMAIL_MAX);
     }
     Ok(lookup.keys.iter().map(|key| results.get(&key.into()).cloned().unwrap_or_default()).collect())
 }

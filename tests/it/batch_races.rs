@@ -272,5 +272,6 @@ async fn a_batch_that_stands_in_a_circle_all_the_same_is_run_again() {
     holder.batch_execute("commit").await.unwrap();
     let users = call.await.unwrap().unwrap().into_inner().users;
     assert!(users.iter().all(|user| user.revision == 2));
-    assert_eq!(deadlocks(server, &database).await, 1);
+    // It may be back before the other one has got the lock that it gave up.
+    assert!(deadlocks(server, &database).await >= 1);
 }
