@@ -13,10 +13,10 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::{
+    arrays::{Changes, NewUsers},
     db::{Db, Params},
     error::{Access, Element, Error, Violation, reason},
     input::{Batch, Change, NewUser, Removal, RequestId},
-    names::{Email, Username},
     pb,
     users::{EXTRA, ID, column, record_request, user_columns, user_from_row},
 };
@@ -88,22 +88,16 @@ from input left join created on id = user_id order by n"
 
 /// Creates users, all or none.
 pub async fn create(db: &Db, batch: &Batch<NewUser>) -> Result<Vec<pb::User>, Error> {
-    let users = || batch.items.iter();
-    let ids: Vec<Uuid> = users().map(|user| user.id).collect();
-    let usernames: Vec<&str> = users().map(|user| user.username.typed()).collect();
-    let username_keys: Vec<&str> = users().map(|user| user.username.key()).collect();
-    let emails: Vec<&str> = users().map(|user| user.email.typed()).collect();
-    let email_keys: Vec<&str> = users().map(|user| user.email.key()).collect();
-    let display_names: Vec<&str> = users().map(|user| user.display_name.as_str()).collect();
+    let users: NewUsers<'_> = batch.items.iter().collect();
     let params: Params<'_> = &[
         &batch.request_id.id,
         &batch.request_id.fingerprint,
-        &ids,
-        &usernames,
-        &username_keys,
-        &emails,
-        &email_keys,
-        &display_names,
+        &users.ids,
+        &users.usernames,
+        &users.username_keys,
+        &users.emails,
+        &users.email_keys,
+        &users.display_names,
     ];
     let rows = run(db, Access::write(batch.validate_only), CREATE, params).await?;
     if let Some(users) = done(db, &batch.request_id, &rows, "user.id").await? {
@@ -190,33 +184,24 @@ from input left join shown on id = user_id order by n"
 
 /// Changes users, all or none.
 pub async fn update(db: &Db, batch: &Batch<Change>) -> Result<Vec<pb::User>, Error> {
-    let changes = || batch.items.iter();
-    let ids: Vec<Uuid> = changes().map(|change| change.id).collect();
-    let expected_revisions: Vec<i64> = changes().map(|change| change.expected_revision).collect();
-    let usernames = || changes().map(|change| change.username.as_ref());
-    let emails = || changes().map(|change| change.email.as_ref());
-    let typed_usernames: Vec<Option<&str>> = usernames().map(|name| name.map(Username::typed)).collect();
-    let username_keys: Vec<Option<&str>> = usernames().map(|name| name.map(Username::key)).collect();
-    let typed_emails: Vec<Option<&str>> = emails().map(|email| email.map(Email::typed)).collect();
-    let email_keys: Vec<Option<&str>> = emails().map(|email| email.map(Email::key)).collect();
-    let display_names: Vec<Option<&str>> = changes().map(|change| change.display_name.as_deref()).collect();
+    let changes: Changes<'_> = batch.items.iter().collect();
     let params: Params<'_> = &[
         &batch.request_id.id,
         &batch.request_id.fingerprint,
-        &ids,
-        &expected_revisions,
-        &typed_usernames,
-        &username_keys,
-        &typed_emails,
-        &email_keys,
-        &display_names,
+        &changes.ids,
+        &changes.expected_revisions,
+        &changes.usernames,
+        &changes.username_keys,
+        &changes.emails,
+        &changes.email_keys,
+        &changes.display_names,
     ];
     let rows = run(db, Access::write(batch.validate_only), UPDATE, params).await?;
     if let Some(users) = done(db, &batch.request_id, &rows, "user.id").await? {
         return Ok(users);
     }
     let mut conflicts = Vec::new();
-    for (index, (row, expected_revision)) in rows.iter().zip(expected_revisions).enumerate() {
+    for (index, (row, expected_revision)) in rows.iter().zip(changes.expected_revisions).enumerate() {
         match state_conflict(index, row, expected_revision, ["user.id", "user.revision"])? {
             Some(conflict) => conflicts.push(conflict),
             None if column(row, USERNAME_IS_TAKEN)? => conflicts.push(username_taken(index)),

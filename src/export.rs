@@ -15,10 +15,7 @@ use futures_util::{
     future::BoxFuture,
     stream::{self, BoxStream, TryChunksError},
 };
-use tokio::{
-    sync::{Semaphore, mpsc},
-    time,
-};
+use tokio::{sync::mpsc, time};
 use tokio_postgres::{Client, RowStream, types::ToSql};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -29,6 +26,7 @@ use crate::{
     feed::{self, point_from_row},
     input::Export,
     list, pb,
+    places::Places,
     telemetry::describe,
     users::{user_columns, user_from_row},
 };
@@ -41,8 +39,7 @@ const PART_SIZE: usize = 500;
 pub struct Exports {
     db: Arc<Db>,
     postgres: tokio_postgres::Config,
-    places: Arc<Semaphore>,
-    limit: usize,
+    places: Places,
     timeout: Duration,
     connections: mpsc::UnboundedSender<BoxFuture<'static, ()>>,
 }
@@ -54,10 +51,9 @@ impl Exports {
     /// None yet.
     pub fn new(db: Arc<Db>, postgres: tokio_postgres::Config, config: &Config) -> (Self, Connections) {
         let (connections, receiver) = mpsc::unbounded_channel();
-        let limit = config.max_exports;
-        let places = Arc::new(Semaphore::new(limit));
+        let places = Places::new("exports", config.max_exports);
         let timeout = Duration::from_millis(config.export_timeout_ms);
-        (Self { db, postgres, places, limit, timeout, connections }, receiver)
+        (Self { db, postgres, places, timeout, connections }, receiver)
     }
 
     /// Exports users: the watch token first, then the users.
@@ -78,9 +74,7 @@ impl Exports {
 
     async fn open(&self) -> Result<Session, Error> {
         self.db.ensure_migrated()?;
-        let place = Arc::clone(&self.places)
-            .try_acquire_owned()
-            .map_err(|_| Error::TooManyStreams { what: "exports", limit: self.limit })?;
+        let place = self.places.take()?;
         let started = Instant::now();
         let (client, connection) = db::connect(&self.postgres).await.map_err(|error| {
             tracing::debug!(error = describe(error.as_ref()), "no connection");

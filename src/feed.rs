@@ -17,7 +17,7 @@ use std::{
 use anyhow::Context;
 use prost::Message;
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast},
+    sync::{Notify, Semaphore, broadcast},
     time,
 };
 use tokio_postgres::{Client, Row, Statement};
@@ -28,6 +28,7 @@ use crate::{
     db::{self, Db},
     error::{Access, Error},
     pb,
+    places::Places,
     point::{self, Change, Log, Point, Rest},
     telemetry::describe,
     users::{EXTRA, ID, column, user_columns, user_from_row},
@@ -271,8 +272,8 @@ pub struct Feed {
     rounds: broadcast::Sender<Arc<Round>>,
     /// Told when somebody begins to watch.
     arrivals: Notify,
-    places: Arc<Semaphore>,
-    max_watchers: usize,
+    /// For those who watch.
+    pub places: Places,
     reading: Semaphore,
 }
 
@@ -284,16 +285,9 @@ impl Feed {
             session: db::session_settings(config.call_timeout_ms),
             rounds: broadcast::Sender::new(ROUNDS_KEPT),
             arrivals: Notify::new(),
-            places: Arc::new(Semaphore::new(config.max_watchers)),
-            max_watchers: config.max_watchers,
+            places: Places::new("watches", config.max_watchers),
             reading: Semaphore::new(READING_AT_ONCE),
         }
-    }
-
-    /// A place among the watchers.
-    pub fn place(&self) -> Result<OwnedSemaphorePermit, Error> {
-        let place = Arc::clone(&self.places).try_acquire_owned();
-        place.map_err(|_| Error::TooManyStreams { what: "watches", limit: self.max_watchers })
     }
 
     /// The rounds from now on.

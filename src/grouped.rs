@@ -15,11 +15,11 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::{
-    db::Db,
+    arrays::{Changes, NewUsers},
+    db::{Db, Params},
     error::{Access, Error},
     group::{Answers, Sharing, Work},
     input::{Create, Delete, RequestId, Update, UserKey},
-    names::Email,
     pb,
     users::{self, EXTRA, ID, column, user_columns, user_from_row},
 };
@@ -171,24 +171,18 @@ impl Work for Creates {
 
     async fn together(&self, calls: &[Create]) -> Result<Answers<Self>, Error> {
         let (request_ids, fingerprints) = requests(calls.iter().map(|call| &call.request_id));
-        let users = || calls.iter().map(|call| &call.user);
-        let ids: Vec<Uuid> = users().map(|user| user.id).collect();
-        let usernames: Vec<&str> = users().map(|user| user.username.typed()).collect();
-        let username_keys: Vec<&str> = users().map(|user| user.username.key()).collect();
-        let emails: Vec<&str> = users().map(|user| user.email.typed()).collect();
-        let email_keys: Vec<&str> = users().map(|user| user.email.key()).collect();
-        let display_names: Vec<&str> = users().map(|user| user.display_name.as_str()).collect();
-        let params: [&(dyn tokio_postgres::types::ToSql + Sync); 8] = [
+        let users: NewUsers<'_> = calls.iter().map(|call| &call.user).collect();
+        let params: Params<'_> = &[
             &request_ids,
             &fingerprints,
-            &ids,
-            &usernames,
-            &username_keys,
-            &emails,
-            &email_keys,
-            &display_names,
+            &users.ids,
+            &users.usernames,
+            &users.username_keys,
+            &users.emails,
+            &users.email_keys,
+            &users.display_names,
         ];
-        answers(&self.0.run(Access::Write, CREATE, &params).await?, &ids)
+        answers(&self.0.run(Access::Write, CREATE, params).await?, &users.ids)
     }
 }
 
@@ -236,8 +230,8 @@ impl Work for Updates {
     type Answer = pb::User;
 
     fn sharing(update: &Update) -> Sharing {
-        let is_plain = !update.validate_only && update.username.is_none();
-        if is_plain { Sharing::Others(update.id.as_u128()) } else { Sharing::Nobody }
+        let is_plain = !update.validate_only && update.change.username.is_none();
+        if is_plain { Sharing::Others(update.change.id.as_u128()) } else { Sharing::Nobody }
     }
 
     async fn alone(&self, update: &Update) -> Result<pb::User, Error> {
@@ -246,17 +240,17 @@ impl Work for Updates {
 
     async fn together(&self, calls: &[Update]) -> Result<Answers<Self>, Error> {
         let (request_ids, fingerprints) = requests(calls.iter().map(|call| &call.request_id));
-        let ids: Vec<Uuid> = calls.iter().map(|call| call.id).collect();
-        let expected_revisions: Vec<i64> = calls.iter().map(|call| call.expected_revision).collect();
-        let emails: Vec<Option<&str>> =
-            calls.iter().map(|call| call.email.as_ref().map(Email::typed)).collect();
-        let email_keys: Vec<Option<&str>> =
-            calls.iter().map(|call| call.email.as_ref().map(Email::key)).collect();
-        let display_names: Vec<Option<&str>> =
-            calls.iter().map(|call| call.display_name.as_deref()).collect();
-        let params: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
-            [&request_ids, &fingerprints, &ids, &expected_revisions, &emails, &email_keys, &display_names];
-        answers(&self.0.run(Access::Write, UPDATE, &params).await?, &ids)
+        let changes: Changes<'_> = calls.iter().map(|call| &call.change).collect();
+        let params: Params<'_> = &[
+            &request_ids,
+            &fingerprints,
+            &changes.ids,
+            &changes.expected_revisions,
+            &changes.emails,
+            &changes.email_keys,
+            &changes.display_names,
+        ];
+        answers(&self.0.run(Access::Write, UPDATE, params).await?, &changes.ids)
     }
 }
 
@@ -305,9 +299,9 @@ impl Work for Deletes {
         let ids: Vec<Uuid> = calls.iter().map(|call| call.id).collect();
         let expected_revisions: Vec<i64> = calls.iter().map(|call| call.expected_revision).collect();
         let release_usernames: Vec<bool> = calls.iter().map(|call| call.release_username).collect();
-        let params: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-            [&request_ids, &fingerprints, &ids, &expected_revisions, &release_usernames];
-        let deleted = answers(&self.0.run(Access::Write, DELETE, &params).await?, &ids)?;
+        let params: Params<'_> =
+            &[&request_ids, &fingerprints, &ids, &expected_revisions, &release_usernames];
+        let deleted = answers(&self.0.run(Access::Write, DELETE, params).await?, &ids)?;
         Ok(deleted.into_iter().map(|answer| answer.map(|user| user.map(Some))).collect())
     }
 }

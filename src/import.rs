@@ -13,16 +13,17 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time,
 };
-use tokio_postgres::{Row, types::ToSql};
+use tokio_postgres::Row;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
-use uuid::Uuid;
 
 use crate::{
+    arrays::NewUsers,
     config::Config,
-    db::Db,
+    db::{Db, Params},
     error::{Access, Error, reason},
     input::Chunk,
     pb::{self, ImportMode},
+    places::Places,
     users::column,
 };
 
@@ -41,8 +42,7 @@ const IN_FLIGHT: usize = 2;
 /// The imports into a database, a limited number at a time.
 pub struct Imports {
     db: Arc<Db>,
-    places: Arc<Semaphore>,
-    limit: usize,
+    places: Places,
     /// All imports together write with no more than half of the pool.
     turns: Arc<Semaphore>,
     tasks: TaskTracker,
@@ -51,9 +51,9 @@ pub struct Imports {
 impl Imports {
     /// None yet. Their tasks end with the chunk that they write.
     pub fn new(db: Arc<Db>, config: &Config, tasks: TaskTracker) -> Self {
-        let limit = config.max_imports;
+        let places = Places::new("imports", config.max_imports);
         let turns = Arc::new(Semaphore::new(config.pool_size.div_ceil(2)));
-        Self { db, places: Arc::new(Semaphore::new(limit)), limit, turns, tasks }
+        Self { db, places, turns, tasks }
     }
 
     /// Writes chunks and acknowledges each, in their order; the first error is the
@@ -62,9 +62,6 @@ impl Imports {
         &self,
         chunks: BoxStream<'static, Result<Chunk, Error>>,
     ) -> Result<BoxStream<'static, Result<pb::ImportUsersResponse, Error>>, Error> {
-        let place = Arc::clone(&self.places)
-            .try_acquire_owned()
-            .map_err(|_| Error::TooManyStreams { what: "imports", limit: self.limit })?;
         let import = Import {
             db: Arc::clone(&self.db),
             turns: Arc::clone(&self.turns),
@@ -73,7 +70,7 @@ impl Imports {
             next: None,
             writing: FuturesOrdered::new(),
             written: VecDeque::new(),
-            _place: place,
+            _place: self.places.take()?,
         };
         let acks = stream::try_unfold(import, async |mut import| {
             Ok(import.next_ack().await?.map(|ack| (ack, import)))
@@ -302,29 +299,23 @@ const OVERWRITE: &str = concat!(
 
 /// Writes a chunk; `None` if it has to be looked at again.
 async fn write(db: &Db, chunk: &Chunk) -> Result<Option<pb::ImportUsersResponse>, Error> {
-    let users = || chunk.users.iter().map(|imported| &imported.user);
-    let refused = pb::ImportUsersResponse { failures: chunk.refused.clone(), ..Default::default() };
-    let ids: Vec<Uuid> = users().map(|user| user.id).collect();
+    let users: NewUsers<'_> = chunk.users.iter().map(|imported| &imported.user).collect();
     let have_ids: Vec<bool> = chunk.users.iter().map(|imported| imported.has_id).collect();
-    let usernames: Vec<&str> = users().map(|user| user.username.typed()).collect();
-    let username_keys: Vec<&str> = users().map(|user| user.username.key()).collect();
-    let emails: Vec<&str> = users().map(|user| user.email.typed()).collect();
-    let email_keys: Vec<&str> = users().map(|user| user.email.key()).collect();
-    let display_names: Vec<&str> = users().map(|user| user.display_name.as_str()).collect();
-    let params: [&(dyn ToSql + Sync); 10] = [
+    let refused = pb::ImportUsersResponse { failures: chunk.refused.clone(), ..Default::default() };
+    let params: Params<'_> = &[
         &chunk.key,
         &chunk.fingerprint,
         &refused.encode_to_vec(),
-        &ids,
+        &users.ids,
         &have_ids,
-        &usernames,
-        &username_keys,
-        &emails,
-        &email_keys,
-        &display_names,
+        &users.usernames,
+        &users.username_keys,
+        &users.emails,
+        &users.email_keys,
+        &users.display_names,
     ];
     let sql = if chunk.mode == ImportMode::Overwrite { OVERWRITE } else { ADD };
-    let rows = db.run(Access::Write, sql, &params).await?;
+    let rows = db.run(Access::Write, sql, params).await?;
     rows.first().map(|row| ack(chunk, row)).transpose()
 }
 

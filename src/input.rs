@@ -63,19 +63,11 @@ pub enum UserKey {
     Username(Username),
 }
 
-/// [`pb::UpdateUserRequest`]. What is `None` stays as it is.
+/// [`pb::UpdateUserRequest`].
 #[derive(Debug)]
 pub struct Update {
-    /// Whose.
-    pub id: Uuid,
-    /// 0 for any.
-    pub expected_revision: i64,
-    /// The new username.
-    pub username: Option<Username>,
-    /// The new e-mail address.
-    pub email: Option<Email>,
-    /// The new display name.
-    pub display_name: Option<String>,
+    /// Of whom, and what.
+    pub change: Change,
     /// With `allow_missing`: the user to create if there is none, or what is
     /// wrong with it.
     pub or_create: Option<Result<NewUser, Error>>,
@@ -222,17 +214,7 @@ impl Update {
         });
         let change = fields.change(request.user, request.update_mask);
         let request_id = fields.finish(request_id)?;
-        let Change { id, expected_revision, username, email, display_name } = change;
-        Ok(Self {
-            id,
-            expected_revision,
-            username,
-            email,
-            display_name,
-            or_create,
-            request_id,
-            validate_only,
-        })
+        Ok(Self { change, or_create, request_id, validate_only })
     }
 }
 

@@ -19,11 +19,12 @@
 //! | `main.rs` | the command line: `serve`, `migrate`, `check`, and what is in [`cli`] |
 //! | [`cli`] | the commands that talk to a running service: `import` and `export`, their files, and `watch` |
 //! | [`config`] | every setting; the only one that reads the environment |
-//! | [`app`] | wires, starts and stops; what [`server`] and [`group`] spawn ends with it |
+//! | [`app`] | wires, starts and stops; what [`server`], [`group`] and [`import`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
 //! | [`codec`], [`service`] | how messages are read; the rpcs, a few lines each |
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
-//! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation |
+//! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation; `arrays`, what those on many users take |
+//! | [`places`] | how many streams of a kind there may be |
 //! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |
 //! | [`feed`], [`point`], [`watch`] | the change log as a feed: its statements and the one reader; where one is in history, and the tokens for it; a stream |
 //! | [`group`] | the gathering of calls, whatever they are about |
@@ -35,7 +36,8 @@
 //! # What always holds
 //!
 //! - A change, of one user or of a thousand, is one statement: request id, user rows
-//!   and change log are written together or not at all. Nothing is read first and written later.
+//!   and change log are written together or not at all. Nothing is read first and
+//!   written later.
 //! - What was acknowledged is committed. A call whose outcome is not known says so.
 //! - A statement whose caller has gone is cancelled, and its connection discarded.
 //! - Input is refused, never repaired; what a refusal says of it does not repeat it.
@@ -55,6 +57,7 @@
 //! of a call.
 
 pub mod app;
+mod arrays;
 pub mod batch;
 pub mod cli;
 pub mod codec;
@@ -73,6 +76,7 @@ pub mod list;
 pub mod lookup;
 pub mod names;
 pub mod page;
+pub mod places;
 pub mod point;
 pub mod purge;
 pub mod server;

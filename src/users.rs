@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::{
     db::Db,
     error::{Access, Error, reason},
-    input::{Create, Delete, Expunge, NewUser, RequestId, Undelete, Update, UserKey},
+    input::{Change, Create, Delete, Expunge, NewUser, RequestId, Undelete, Update, UserKey},
     names::Username,
     pb,
     telemetry::describe,
@@ -257,7 +257,8 @@ pub async fn update(db: &Db, update: &Update) -> Result<pb::User, Error> {
 }
 
 async fn update_user(db: &Db, update: &Update) -> Result<pb::User, Error> {
-    let Update { id, expected_revision, username, email, display_name, request_id, .. } = update;
+    let Update { change, request_id, .. } = update;
+    let Change { id, expected_revision, username, email, display_name } = change;
     let rows = db
         .run(
             Access::write(update.validate_only),

@@ -50,7 +50,7 @@ enum Next {
 impl Watcher {
     /// Begins to watch, unless there are too many or the token cannot be resumed.
     pub async fn start(feed: Arc<Feed>, watch: Watch) -> Result<Self, Error> {
-        let place = feed.place()?;
+        let place = feed.places.take()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
         let (point, next) = match watch {

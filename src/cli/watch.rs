@@ -130,12 +130,11 @@ fn read_token(file: &Path) -> anyhow::Result<String> {
 
 /// The file has the old token or the new one, whatever happens in between.
 fn write_token(file: &Path, token: &str) -> io::Result<()> {
-    let mut name = file.as_os_str().to_owned();
-    name.push(".new");
-    let mut new = fs::File::create(&name)?;
+    let path = cli::beside(file, ".new");
+    let mut new = fs::File::create(&path)?;
     writeln!(new, "{token}")?;
     new.sync_all()?;
-    fs::rename(name, file)
+    fs::rename(path, file)
 }
 
 /// The JSON form of protobuf: fields without a value are left out, and 64-bit numbers
