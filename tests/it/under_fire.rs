@@ -15,11 +15,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::future::join_all;
+use futures_util::{future::join_all, stream};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tempfile::TempDir;
 use tonic::{
-    Code,
+    Code, Status,
     transport::{Channel, Endpoint},
 };
 use user_service::{
@@ -27,7 +27,12 @@ use user_service::{
     pb::{self, user_service_client::UserServiceClient},
 };
 
-use crate::{mirror::Mirror, support::*, watch::table};
+use crate::{
+    batch::{batch_update, renamed},
+    mirror::Mirror,
+    support::*,
+    watch::table,
+};
 
 const WRITERS: u64 = 16;
 const MIRRORS: u64 = 4;
@@ -39,6 +44,8 @@ struct Scene {
     addrs: Mutex<[String; 2]>,
     ids: Vec<String>,
     is_over: AtomicBool,
+    /// How many writes of each kind succeeded.
+    written: Mutex<BTreeMap<&'static str, u32>>,
 }
 
 impl Scene {
@@ -65,33 +72,51 @@ async fn write(scene: Arc<Scene>, mut rng: StdRng) {
         for _ in 0..rng.random_range(1..50) {
             let id = scene.ids[rng.random_range(0..USERS)].clone();
             let name = format!("name{}", rng.random_range(0..USERS));
-            let outcome = match rng.random_range(0..8) {
+            let (what, outcome) = match rng.random_range(0..10) {
                 0..3 => {
                     let user = pb::User { id, ..user(&name) };
                     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user) };
-                    client.create_user(request).await.map(drop)
+                    ("create", client.create_user(request).await.map(drop))
                 }
-                3..5 => client.update_user(rename(&id, &name)).await.map(drop),
+                3..5 => ("update", client.update_user(rename(&id, &name)).await.map(drop)),
                 5 => {
                     let release_username = rng.random();
                     let request = pb::DeleteUserRequest { release_username, ..delete(&id) };
-                    client.delete_user(request).await.map(drop)
+                    ("delete", client.delete_user(request).await.map(drop))
                 }
                 6 => {
                     let request =
                         pb::UndeleteUserRequest { id, username: user(&name).username, ..Default::default() };
-                    client.undelete_user(request).await.map(drop)
+                    ("undelete", client.undelete_user(request).await.map(drop))
                 }
-                _ => client.expunge_user(expunge(&id)).await.map(drop),
+                7 => {
+                    let other = &scene.ids[rng.random_range(0..USERS)];
+                    let request = batch_update([renamed(&id, &name), renamed(other, &name)]);
+                    ("batch", client.batch_update_users(request).await.map(drop))
+                }
+                8 => ("import", import(&mut client, pb::User { id, ..user(&name) }).await),
+                _ => ("expunge", client.expunge_user(expunge(&id)).await.map(drop)),
             };
-            if outcome.is_err_and(|status| status.code() == Code::Unavailable) {
-                break;
+            match outcome {
+                Ok(()) => *scene.written.lock().unwrap().entry(what).or_default() += 1,
+                Err(status) if status.code() == Code::Unavailable => break,
+                Err(_) => {}
             }
         }
     }
 }
 
+/// Imports a user; it is an error if it was not let in.
+async fn import(client: &mut UserServiceClient<Channel>, user: pb::User) -> Result<(), Status> {
+    let mode = pb::ImportMode::Overwrite.into();
+    let request = pb::ImportUsersRequest { import_id: new_request_id(), chunk: 1, mode, users: vec![user] };
+    let mut acks = client.import_users(stream::iter([request])).await?.into_inner();
+    let ack = acks.message().await?.ok_or_else(|| Status::unavailable("no acknowledgement"))?;
+    if ack.failures.is_empty() { Ok(()) } else { Err(Status::already_exists("refused")) }
+}
+
 /// Transactions that take their time, of several users each, some of which roll back.
+/// Soft-deleted users that they meet are due to be purged.
 async fn write_slowly(scene: Arc<Scene>, database: Database, mut rng: StdRng) {
     while !scene.is_over() {
         let Ok((client, connection)) = database.config().connect(tokio_postgres::NoTls).await else {
@@ -105,7 +130,9 @@ async fn write_slowly(scene: Arc<Scene>, database: Database, mut rng: StdRng) {
                 let id = &scene.ids[rng.random_range(0..USERS)];
                 sql += &format!(
                     "with changed as (
-                        update users set revision = revision + 1, display_name = 'slow' where id = '{id}'
+                        update users set revision = revision + 1, display_name = 'slow',
+                            purge_time = case when delete_time is not null then now() end
+                        where id = '{id}'
                         returning id, revision
                     )
                     insert into user_changes (user_id, revision, kind) select id, revision, 2 from changed;
@@ -225,6 +252,7 @@ async fn at_the_end_the_mirrors_equal_the_table() {
         addrs: Mutex::new([servers[0].addr.clone(), servers[1].addr.clone()]),
         ids: (0..USERS).map(|_| new_request_id()).collect(),
         is_over: AtomicBool::new(false),
+        written: Mutex::default(),
     });
     let writers: Vec<_> = (0..WRITERS).map(|n| tokio::spawn(write(Arc::clone(&scene), rng(n)))).collect();
     let slow = (0..2).map(|n| tokio::spawn(write_slowly(Arc::clone(&scene), database.clone(), rng(100 + n))));
@@ -243,6 +271,12 @@ async fn at_the_end_the_mirrors_equal_the_table() {
 
     let ready = tonic_health::pb::health_check_response::ServingStatus::Serving;
     servers[0].wait_until("", ready).await;
+    let due = "select count(*) from users where purge_time <= now()";
+    eventually("all that is due is purged", async || (database.count(due).await == 0).then_some(())).await;
+    let purged = "select count(*) from user_changes where kind = 6";
+    assert!(database.count(purged).await > 0, "WATCH_FIRE_SEED={seed}");
+    let written = scene.written.lock().unwrap().clone();
+    assert_eq!(written.len(), 7, "{written:?}, WATCH_FIRE_SEED={seed}");
     let mut client = servers[0].client().await;
     let table = eventually("the table can be read", async || {
         let mut client = client.clone();
