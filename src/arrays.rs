@@ -17,18 +17,20 @@ pub(crate) struct NewUsers<'a> {
     pub(crate) emails: Vec<&'a str>,
     pub(crate) email_keys: Vec<&'a str>,
     pub(crate) display_names: Vec<&'a str>,
+    pub(crate) salts: Vec<&'a [u8]>,
 }
 
 impl<'a> FromIterator<&'a NewUser> for NewUsers<'a> {
     fn from_iter<I: IntoIterator<Item = &'a NewUser>>(users: I) -> Self {
         let mut arrays = Self::default();
-        for NewUser { id, username, email, display_name } in users {
+        for NewUser { id, username, email, display_name, salt } in users {
             arrays.ids.push(*id);
             arrays.usernames.push(username.typed());
             arrays.username_keys.push(username.key());
             arrays.emails.push(email.typed());
             arrays.email_keys.push(email.key());
             arrays.display_names.push(display_name);
+            arrays.salts.push(salt);
         }
         arrays
     }

@@ -9,6 +9,8 @@
 //! Rows are locked in the order of ids, and usernames taken in their own order, so
 //! that two batches never wait for each other.
 
+use std::{collections::HashMap, hash::Hash};
+
 use tokio_postgres::Row;
 use uuid::Uuid;
 
@@ -46,14 +48,19 @@ macro_rules! record_batch {
     };
 }
 
-/// An item is in the way of another one that asks for the same.
+/// What comes back is what was asked: all of it is created as it is, or nothing.
 const CREATE: &str = concat!(
     "with input as materialized (
-    select i.*, uuid_send(gen_random_uuid()) as salt,
-        same.id is not null or count(*) over (partition by user_id) > 1 as id_is_taken,
-        holder.id is not null or count(*) over (partition by new_username_key) > 1 as username_is_taken
-    from unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[]) with ordinality
-        as i (user_id, new_username, new_username_key, new_email, new_email_key, new_display_name, n)
+    select i.*,
+        same.id is not null or id_is_repeated as id_is_taken,
+        holder.id is not null or username_is_repeated as username_is_taken
+    from unnest(
+        $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::bytea[],
+        $10::boolean[], $11::boolean[]
+    ) with ordinality as i (
+        user_id, new_username, new_username_key, new_email, new_email_key, new_display_name, salt,
+        id_is_repeated, username_is_repeated, n
+    )
     left join users same on same.id = user_id
     left join users holder on holder.username_key = new_username_key and holder.username_held
 ), ok as (
@@ -72,18 +79,16 @@ const CREATE: &str = concat!(
     is_let_through!(),
     "
     order by new_username_key
-    returning ",
-    user_columns!(),
-    "
 ), change as (
-    insert into user_changes (user_id, revision, kind) select id, revision, 1 from created
+    insert into user_changes (user_id, revision, kind) select user_id, 1, 1 from input where ",
+    is_let_through!(),
+    "
 )
-select ",
-    user_columns!(),
-    ", ",
+select user_id, new_username, new_email, new_display_name, now(), now(),
+    null::timestamptz, null::timestamptz, 1::bigint, ",
     is_let_through!(),
     ", username_is_taken, id_is_taken
-from input left join created on id = user_id order by n"
+from input order by n"
 );
 
 /// Creates users, all or none.
@@ -98,6 +103,9 @@ pub async fn create(db: &Db, batch: &Batch<NewUser>) -> Result<Vec<pb::User>, Er
         &users.emails,
         &users.email_keys,
         &users.display_names,
+        &users.salts,
+        &repeated(users.ids.iter().map(Some)),
+        &repeated(users.username_keys.iter().map(Some)),
     ];
     let rows = run(db, Access::write(batch.validate_only), CREATE, params).await?;
     if let Some(users) = done(db, &batch.request_id, &rows, "user.id").await? {
@@ -120,13 +128,14 @@ pub async fn create(db: &Db, batch: &Batch<NewUser>) -> Result<Vec<pb::User>, Er
 /// row as it is when it has been locked.
 const UPDATE: &str = concat!(
     "with input as materialized (
-    select i.*, holder.id is not null or
-        count(new_username_key) over (partition by new_username_key) > 1 as username_is_taken
-    from unnest($3::uuid[], $4::bigint[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[])
-        with ordinality as i (
-            user_id, expected_revision, new_username, new_username_key, new_email, new_email_key,
-            new_display_name, n
-        )
+    select i.*, holder.id is not null or username_is_repeated as username_is_taken
+    from unnest(
+        $3::uuid[], $4::bigint[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
+        $10::boolean[]
+    ) with ordinality as i (
+        user_id, expected_revision, new_username, new_username_key, new_email, new_email_key,
+        new_display_name, username_is_repeated, n
+    )
     left join users holder
         on holder.username_key = new_username_key and holder.username_held and holder.id <> user_id
 ), cur as materialized (
@@ -195,6 +204,7 @@ pub async fn update(db: &Db, batch: &Batch<Change>) -> Result<Vec<pb::User>, Err
         &changes.emails,
         &changes.email_keys,
         &changes.display_names,
+        &repeated(changes.username_keys.iter().copied()),
     ];
     let rows = run(db, Access::write(batch.validate_only), UPDATE, params).await?;
     if let Some(users) = done(db, &batch.request_id, &rows, "user.id").await? {
@@ -293,6 +303,15 @@ select ",
     fingerprint = (select sha256($2::bytea || string_agg(fingerprint_salt, '' order by n)) from found)
 from found order by n"
 );
+
+/// Which keys are those of several items.
+fn repeated<K: Eq + Hash>(keys: impl Iterator<Item = Option<K>> + Clone) -> Vec<bool> {
+    let mut counts = HashMap::new();
+    for key in keys.clone().flatten() {
+        *counts.entry(key).or_insert(0) += 1;
+    }
+    keys.map(|key| key.and_then(|key| counts.get(&key)).is_some_and(|count| *count > 1)).collect()
+}
 
 /// Runs a statement, and again if it fails for what somebody else has done since it
 /// began to look: the next look sees that.

@@ -119,17 +119,17 @@ impl Work for Gets {
 }
 
 /// Who asks for a username that somebody has is left out. If somebody takes it in
-/// this moment, or if only the id is taken, that fails the group. (`on conflict do nothing` would not, but every
-/// row would pay for it.) What is `fresh` is created, all of it, so nothing that is
-/// written needs to be joined with what was asked.
+/// this moment, or if only the id is taken, that fails the group. (`on conflict do
+/// nothing` would not, but every row would pay for it.) What is `fresh` is created, all
+/// of it, so nothing that is written needs to be joined with what was asked.
 const CREATE: &str = concat!(
     input!(
-        "$4::text[], $5::text[], $6::text[], $7::text[], $8::text[]",
-        "new_username, new_username_key, new_email, new_email_key, new_display_name",
+        "$4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::bytea[]",
+        "new_username, new_username_key, new_email, new_email_key, new_display_name, salt",
         "new_username_key"
     ),
     ", fresh as (
-    select *, uuid_send(gen_random_uuid()) as salt from input
+    select * from input
     where not exists (select from users where username_key = new_username_key and username_held)
 ), created as (
     insert into users (
@@ -139,17 +139,14 @@ const CREATE: &str = concat!(
     select user_id, new_username, new_username_key, true, new_email, new_email_key, new_display_name,
         1, now(), now(), salt
     from fresh
-    returning ",
-    user_columns!(),
-    "
 ), ",
     record_requests!("fresh"),
     ", change as (
     insert into user_changes (user_id, revision, kind) select user_id, 1, 1 from fresh
 )
-select ",
-    user_columns!(),
-    " from created"
+select user_id, new_username, new_email, new_display_name, now(), now(),
+    null::timestamptz, null::timestamptz, 1::bigint
+from fresh"
 );
 
 /// `CreateUser` calls.
@@ -181,6 +178,7 @@ impl Work for Creates {
             &users.emails,
             &users.email_keys,
             &users.display_names,
+            &users.salts,
         ];
         answers(&self.0.run(Access::Write, CREATE, params).await?, &users.ids)
     }

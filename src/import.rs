@@ -182,11 +182,13 @@ macro_rules! input {
         "with input as materialized (
     select i.*
     from (select set_config('lock_timeout', '1s', true)) as patience,
-        unnest($4::uuid[], $5::boolean[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[])
-            with ordinality as i (
-                new_id, has_id, new_username, new_username_key, new_email, new_email_key,
-                new_display_name, position
-            )
+        unnest(
+            $4::uuid[], $5::boolean[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
+            $11::bytea[]
+        ) with ordinality as i (
+            new_id, has_id, new_username, new_username_key, new_email, new_email_key,
+            new_display_name, salt, position
+        )
 )"
     };
 }
@@ -220,10 +222,10 @@ macro_rules! carry_out {
 ), created as (
     insert into users (
         id, username, username_key, username_held, email, email_key, display_name,
-        revision, create_time, update_time
+        revision, create_time, update_time, fingerprint_salt
     )
     select new_id, new_username, new_username_key, true, new_email, new_email_key, new_display_name,
-        1, now(), now()
+        1, now(), now(), salt
     from decided where outcome = 1 and exists (select from chunk)
     order by new_username_key
     returning id, revision
@@ -313,6 +315,7 @@ async fn write(db: &Db, chunk: &Chunk) -> Result<Option<pb::ImportUsersResponse>
         &users.emails,
         &users.email_keys,
         &users.display_names,
+        &users.salts,
     ];
     let sql = if chunk.mode == ImportMode::Overwrite { OVERWRITE } else { ADD };
     let rows = db.run(Access::Write, sql, params).await?;

@@ -31,6 +31,8 @@ pub struct NewUser {
     pub email: Email,
     /// May be empty.
     pub display_name: String,
+    /// What fingerprints of requests about this user are made with.
+    pub salt: [u8; 16],
 }
 
 /// What makes a retry safe: the caller's id for the change, and a fingerprint of
@@ -651,7 +653,8 @@ impl Fields {
         let username = self.username("user.username", &user.username);
         let email = self.email("user.email", &user.email);
         let display_name = self.display_name("user.display_name", user.display_name);
-        Some(NewUser { id: id?, username: username?, email: email?, display_name: display_name? })
+        let salt = rand::random();
+        Some(NewUser { id: id?, username: username?, email: email?, display_name: display_name?, salt })
     }
 
     /// What is refused has a value here all the same: it does not get past

@@ -1,6 +1,6 @@
 //! The statement that finds many users by keys of all kinds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 
 use uuid::Uuid;
 
@@ -68,34 +68,46 @@ impl<'a> From<&'a LookupKey> for Found<'a> {
 /// Returns who has each of the keys, in their order.
 pub async fn lookup(db: &Db, lookup: &Lookup) -> Result<Vec<pb::LookupUsersResult>, Error> {
     let (mut ids, mut usernames, mut emails) = (Vec::new(), Vec::new(), Vec::new());
-    for key in &lookup.keys {
-        match key.into() {
-            Found::Id(id) => ids.push(id),
-            Found::Username(key) => usernames.push(key),
-            Found::Email(key) => emails.push(key),
+    // Where a key stands, first of all, and where else.
+    let (mut first, mut again) = (HashMap::with_capacity(lookup.keys.len()), Vec::new());
+    for (index, key) in lookup.keys.iter().map(Found::from).enumerate() {
+        match first.entry(key) {
+            Entry::Occupied(known) => again.push((index, *known.get())),
+            Entry::Vacant(new) => {
+                match new.key() {
+                    Found::Id(id) => ids.push(*id),
+                    Found::Username(key) => usernames.push(*key),
+                    Found::Email(key) => emails.push(*key),
+                }
+                new.insert(index);
+            }
         }
     }
-    // Each is walked to by itself, unlike what stands in an `any`.
-    emails.sort_unstable();
-    emails.dedup();
     let limit = i64::try_from(USERS_PER_EMAIL_MAX + 1).unwrap_or(i64::MAX);
     let rows =
         db.run(Access::Read, LOOKUP, &[&ids, &usernames, &emails, &lookup.include_deleted, &limit]).await?;
-    let mut results: HashMap<Found<'_>, pb::LookupUsersResult> = HashMap::with_capacity(rows.len());
+    let mut results = vec![pb::LookupUsersResult::default(); lookup.keys.len()];
     for row in &rows {
         let found = match (column(row, EXTRA)?, column(row, EXTRA + 1)?) {
             (Some(username), _) => Found::Username(username),
             (None, Some(email)) => Found::Email(email),
             (None, None) => Found::Id(column(row, ID)?),
         };
-        results.entry(found).or_default().users.push(user_from_row(row)?);
+        let result = first.get(&found).and_then(|index| results.get_mut(*index));
+        result.ok_or(Error::Internal)?.users.push(user_from_row(row)?);
     }
-    for result in results.values_mut().filter(|result| result.users.len() > 1) {
+    for result in results.iter_mut().filter(|result| result.users.len() > 1) {
         let age =
             |user: &pb::User| (user.create_time.map(|time| (time.seconds, time.nanos)), user.id.clone());
         result.users.sort_by_cached_key(age);
         result.has_more = result.users.len() > USERS_PER_EMAIL_MAX;
         result.users.truncate(USERS_PER_EMAIL_MAX);
     }
-    Ok(lookup.keys.iter().map(|key| results.get(&key.into()).cloned().unwrap_or_default()).collect())
+    for (index, first) in again {
+        let same = results.get(first).cloned().unwrap_or_default();
+        if let Some(result) = results.get_mut(index) {
+            *result = same;
+        }
+    }
+    Ok(results)
 }

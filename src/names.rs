@@ -67,18 +67,26 @@ fn unicode_key(typed: &str) -> Result<String, String> {
     }
 }
 
+/// Inside of a username only.
+const INNER: [char; 3] = ['.', '_', '-'];
+
 fn check_username_key(key: &str) -> Result<(), String> {
-    let is_inner = |c| matches!(c, '.' | '_' | '-');
     let mut has_letter = false;
     for c in key.chars() {
-        match c.general_category_group() {
-            GeneralCategoryGroup::Letter => has_letter = true,
-            GeneralCategoryGroup::Mark => {}
-            _ if c.general_category() == GeneralCategory::DecimalNumber || is_inner(c) => {}
-            _ => return Err("may have letters, digits, `.`, `_` and `-` only".into()),
+        // ASCII first: the tables of Unicode are large.
+        match c {
+            'a'..='z' => has_letter = true,
+            '0'..='9' => {}
+            _ if INNER.contains(&c) => {}
+            _ => match c.general_category_group() {
+                GeneralCategoryGroup::Letter => has_letter = true,
+                GeneralCategoryGroup::Mark => {}
+                _ if c.general_category() == GeneralCategory::DecimalNumber => {}
+                _ => return Err("may have letters, digits, `.`, `_` and `-` only".into()),
+            },
         }
     }
-    if key.starts_with(is_inner) || key.ends_with(is_inner) {
+    if key.starts_with(INNER) || key.ends_with(INNER) {
         return Err("must not start or end with `.`, `_` or `-`".into());
     }
     if !has_letter {
@@ -211,7 +219,8 @@ pub fn check_display_name(text: &str) -> Result<(), String> {
         GeneralCategoryGroup::Separator => c.general_category() == GeneralCategory::SpaceSeparator,
         _ => true,
     };
-    if !text.chars().all(is_printable) {
+    // ASCII first, as in usernames.
+    if !text.chars().all(|c| matches!(c, ' '..='~') || is_printable(c)) {
         return Err("must be printable text, without control characters and line breaks".into());
     }
     Ok(())

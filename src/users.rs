@@ -102,17 +102,15 @@ pub(crate) use record_request;
 
 /// Nothing comes back if the request is a retry.
 const CREATE: &str = concat!(
-    "with secret as materialized (
-    select uuid_send(gen_random_uuid()) as salt
-), ",
-    record_request!("salt", "from secret"),
+    "with ",
+    record_request!("$9::bytea", ""),
     ", created as (
     insert into users (
         id, username, username_key, username_held, email, email_key, display_name,
         revision, create_time, update_time, fingerprint_salt
     )
-    select $3, $4, $5, true, $6, $7, $8, 1, now(), now(), salt
-    from secret where $1 is null or exists (select from request)
+    select $3, $4, $5, true, $6, $7, $8, 1, now(), now(), $9
+    where $1 is null or exists (select from request)
     returning ",
     user_columns!(),
     "
@@ -135,7 +133,7 @@ async fn create_user(
     request_id: &RequestId,
     validate_only: bool,
 ) -> Result<pb::User, Error> {
-    let NewUser { id, username, email, display_name } = user;
+    let NewUser { id, username, email, display_name, salt } = user;
     let rows = db
         .run(
             Access::write(validate_only),
@@ -149,6 +147,7 @@ async fn create_user(
                 &email.typed(),
                 &email.key(),
                 display_name,
+                &salt.as_slice(),
             ],
         )
         .await?;

@@ -1,6 +1,7 @@
 //! The calls that are made, each with an id or a name of its own.
 
 use bytes::{BufMut, Bytes, BytesMut};
+use clap::ValueEnum;
 use prost::Message;
 use user_service::pb::{self, get_user_request::Key};
 
@@ -15,17 +16,21 @@ pub const ID_BASE: u64 = 8_000_000_000_000_000;
 pub const NEW_NAMES: std::ops::Range<u64> = 1_000_000_000_000_000..8_000_000_000_000_000;
 
 /// What a row of the report is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Work {
     /// A call that does nothing: what gRPC itself costs.
     Empty,
+    /// One user.
     GetById,
+    /// One user.
     GetByUsername,
     /// Fifty users, the newest.
     FirstPage,
     /// Fifty users, from the middle of the table.
     DeepPage,
+    /// One user.
     Create,
+    /// One user.
     Update,
     /// A thousand users by their ids.
     Lookup,

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use crate::{
     calls::{Requests, Work},
@@ -18,7 +18,7 @@ pub struct LoadArgs {
     addr: SocketAddr,
     /// Which rpc.
     #[arg(long)]
-    rpc: Rpc,
+    rpc: Work,
     /// How many users there are, with the ids of the benchmark.
     #[arg(long)]
     users: u64,
@@ -28,24 +28,10 @@ pub struct LoadArgs {
     seconds: f64,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Rpc {
-    Empty,
-    Get,
-    Create,
-    Update,
-}
-
 pub async fn run(args: &LoadArgs) -> anyhow::Result<()> {
-    let work = match args.rpc {
-        Rpc::Empty => Work::Empty,
-        Rpc::Get => Work::GetById,
-        Rpc::Create => Work::Create,
-        Rpc::Update => Work::Update,
-    };
     let duration = Duration::from_secs_f64(args.seconds);
     let load = Load { in_flight: args.in_flight, rate: None, warm_up: duration / 10, duration };
-    let requests = Requests::new(work, args.users, String::new());
+    let requests = Requests::new(args.rpc, args.users, String::new());
     let cell = generator::run(args.addr, requests, load, || Ok(Usage::default())).await?;
     let us = |ms: Option<f64>| ms.unwrap_or_default() * 1e3;
     println!(

@@ -83,7 +83,7 @@ fn script_of(work: Work, users: u64) -> anyhow::Result<String> {
         .map(|variable| format!("\\set {variable} random({}, {})", NEW_NAMES.start, NEW_NAMES.end - 1));
     let [id, request_id] =
         ["id", "request"].map(|variable| format!("('{ID_PREFIX}' || :{variable}::text)::uuid"));
-    let fingerprint = format!("'\\x{}'::bytea", "5a".repeat(32));
+    let [fingerprint, salt] = [32, 16].map(|octets| format!("'\\x{}'::bytea", "5a".repeat(octets)));
     let username = "('user' || :name::text)";
     let email = "('user' || :name::text || '@example.com')";
     let display_name = "('User ' || :name::text)";
@@ -93,7 +93,7 @@ fn script_of(work: Work, users: u64) -> anyhow::Result<String> {
         Work::Create => (
             vec![new_id, name, request],
             "select $3, $4, $5, true, $6, $7, $8",
-            vec![&request_id, &fingerprint, &id, username, username, email, email, display_name],
+            vec![&request_id, &fingerprint, &id, username, username, email, email, display_name, &salt],
         ),
         Work::Update => (
             vec![existing_id, name, request],

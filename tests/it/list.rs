@@ -333,7 +333,7 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         .await
         .unwrap();
     for sql in app::statements() {
-        let parameters = (1..=10).filter(|n| sql.contains(&format!("${n}"))).count();
+        let parameters = (1..).take_while(|n| sql.contains(&format!("${n}"))).count();
         let values = match parameters {
             0 => String::new(),
             n => format!("({})", vec!["null"; n].join(", ")),
