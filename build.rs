@@ -15,8 +15,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         .include_imports(true)
         .open_file("users/v1/user_service.proto")?
         .file_descriptor_set();
-    let out = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
-    fs::write(out, descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().codec_path("crate::codec::BoundedCodec").compile_fds(descriptors)?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    let builder = || tonic_prost_build::configure().codec_path("crate::codec::BoundedCodec");
+    builder().build_server(false).compile_fds(descriptors.clone())?;
+    // The server by itself: what it sends to those who watch is encoded already.
+    let server = out.join("server");
+    fs::create_dir_all(&server)?;
+    builder()
+        .build_client(false)
+        .extern_path(".users.v1", "crate::pb")
+        .extern_path(".users.v1.WatchUsersResponse", "crate::codec::Encoded")
+        .out_dir(server)
+        .compile_fds(descriptors)?;
     Ok(())
 }

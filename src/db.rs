@@ -297,7 +297,7 @@ pub async fn cancel_abandoned(abandoned: Abandoned) {
 /// tables will be: so it goes by indexes. What it is thought to cost is then of no
 /// meaning, and must not have statements compiled. A backend whose client has gone
 /// stops.
-pub(crate) fn session_settings(timeout_ms: u64) -> String {
+pub fn session_settings(timeout_ms: u64) -> String {
     format!(
         "set statement_timeout = {timeout_ms};
          set idle_in_transaction_session_timeout = {timeout_ms};

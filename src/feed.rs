@@ -9,21 +9,24 @@
 use std::{
     collections::HashSet,
     convert::Infallible,
-    mem,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context;
-use prost::Message;
+use prost::{Message, bytes::BytesMut};
 use tokio::{
     sync::{Notify, Semaphore, broadcast},
     time,
 };
-use tokio_postgres::{Client, Row, Statement};
+use tokio_postgres::{
+    Client, Row, Statement,
+    types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked},
+};
 use uuid::Uuid;
 
 use crate::{
+    codec::Encoded,
     config::Config,
     db::{self, Db},
     error::{Access, Error},
@@ -37,20 +40,20 @@ use crate::{
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[ADOPT, NOW, BEGINNING, PAGE, READ];
 
-/// Changes in a batch for somebody who is behind, and users in one of an initial state.
-/// The changes of a transaction stay together, so there can be some more.
+/// Changes that are read at a time, and users of an initial state. The changes of a
+/// transaction are read together, so there can be more.
 const BATCH_SIZE: i64 = 500;
-/// Changes in a batch that is published: few enough for a thousand watchers to have one
-/// each in their buffers.
-const ROUND_SIZE: i64 = 128;
-/// Batches that are kept for watchers that are not as fast as others.
+/// Those of them that are sent at a time: few enough for a message to fit into the buffer
+/// that each stream has anyway, 8 KiB, as long as users are not very large.
+pub const MESSAGE_SIZE: usize = 32;
+/// Rounds that are kept for watchers that are not as fast as others.
 const ROUNDS_KEPT: usize = 64;
 /// Those who are behind take turns in reading, so that calls find connections.
 const READING_AT_ONCE: usize = 2;
 /// After a batch was published: how long the next one gathers, at least, and what each
 /// watcher adds, since each delivery costs something however small it is.
 const GATHER_TIME: Duration = Duration::from_millis(5);
-const GATHER_TIME_PER_WATCHER: Duration = Duration::from_micros(250);
+const GATHER_TIME_PER_WATCHER: Duration = Duration::from_micros(100);
 /// What all watchers are sent together, at most. A flood of changes reaches many of them
 /// later, rather than taking from the writers what they need.
 const OCTETS_PER_SECOND: f64 = 64e6;
@@ -59,7 +62,7 @@ const OCTETS_PER_SECOND: f64 = 64e6;
 const POLL_MIN: Duration = Duration::from_millis(10);
 const POLL_MAX: Duration = Duration::from_millis(100);
 /// Without changes, watchers hear this often that there were none.
-const BOOKMARK_INTERVAL: Duration = Duration::from_secs(5);
+pub const BOOKMARK_INTERVAL: Duration = Duration::from_secs(5);
 /// How long PostgreSQL may take to answer the reader.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the reader waits before it connects again.
@@ -88,7 +91,7 @@ macro_rules! here {
     () => {
         concat!(
             "(
-    select history, snapshot, newest.xid::text, newest.time from ",
+    select history, snapshot, newest.xid, newest.time from ",
             here!("feed.purged_xid, feed.purged_time"),
             " as feed, lateral (
         select xid, time from (
@@ -105,7 +108,7 @@ pub(crate) use here;
 /// Reads the point from the first columns of a row, which are those of `here!()`.
 pub(crate) fn point_from_row(row: &Row) -> Result<Option<Point>, Error> {
     let (Some(history), Some(snapshot)) = (column(row, 0)?, column(row, 1)?) else { return Ok(None) };
-    let last = Change::new(number(column(row, 2)?)?, column(row, 3)?);
+    let last = Change::new(xid(row, 2)?, column(row, 3)?);
     Ok(Some(Point::now(history, &running(snapshot)?, last)))
 }
 
@@ -152,97 +155,123 @@ const BEGINNING: &str =
 const PAGE: &str =
     concat!("select ", user_columns!(), " from users where id > $1 and id <= $2 order by id limit $3");
 
-/// The changes behind a point, which has seen all transactions up to `$1` except `$2`:
-/// `$3` of them, and those that share a transaction with the last one.
+/// Where the statement is, in one row, and the changes behind a point, which has seen all
+/// transactions up to `$1` except `$2`: `$3` of them, and those that share a transaction
+/// with the last one. They come in no order, since PostgreSQL would sort whole users.
 const READ: &str = concat!(
     "with here as materialized ",
     here!(
-        "feed.purged_xid::text, feed.purged_time,
-        (select time from user_changes where xid = $1::text::xid8 order by seq limit 1) as last_time"
+        "feed.purged_xid, feed.purged_time,
+        (select time from user_changes where xid = $1 order by seq limit 1) as last_time"
     ),
     "
 select ",
     user_columns!(),
-    ", user_id, user_revision, kind, change.xid::text, change.time, here.*
-from here left join (
+    ", user_id, user_revision, kind, xid, seq, change.time, null, null, null, null, null
+from (
     select xid, seq, user_id, revision as user_revision, kind, time from user_changes
-    where xid = any($2::text[]::xid8[])
+    where xid = any($2)
     union all (
         select xid, seq, user_id, revision, kind, time from user_changes
-        where xid > $1::text::xid8 order by xid fetch first $3 rows with ties
+        where xid > $1 order by xid fetch first $3 rows with ties
     )
     order by xid fetch first $3 rows with ties
-) as change on true
+) as change
 left join lateral (select * from users where id = user_id limit 1) as user_now on true
-order by change.xid, seq"
+where exists (select from here)
+union all
+select null, null, null, null, null, null, null, null, null, null, null, null, null, null, null, here.*
+from here"
 );
 
-/// Changes that follow a point.
+/// What follows a point: changes, or that there are none.
 #[derive(Debug)]
 pub struct Batch {
-    /// In the order of their transactions. A user comes with the last of its changes.
-    pub changes: Vec<pb::UserChange>,
-    /// The point behind them.
+    /// The point before it.
+    pub from: Point,
+    /// The point behind it.
     pub upto: Point,
-    /// Whether these are all that there are by now.
+    /// Whether nothing has changed.
+    pub is_bookmark: bool,
+    /// Whether this is all that there is by now.
     pub is_all: bool,
+    /// The messages that deliver it. Changes are in the order of their transactions, and
+    /// a user comes with the last of its changes.
+    pub messages: Vec<Encoded>,
 }
 
 impl Batch {
-    fn from_rows(from: &Point, rows: &[Row], size: i64) -> Result<Self, Error> {
-        // No row: the log is not this database's. No history: a standby.
-        let Some(log) = rows.first().map(log_from_row).transpose()?.flatten() else {
-            return Err(Error::DatabaseUnavailable);
-        };
-        from.check(&log)?;
-        let last = match rows.last() {
-            Some(row) => change_from_row(row)?,
-            None => None,
-        };
-        let is_all = last.is_none() || i64::try_from(rows.len()).is_ok_and(|count| count < size);
-        let mut changes = Vec::new();
-        if last.is_some() {
-            let mut users_told = HashSet::new();
-            for row in rows.iter().rev() {
-                let id: Uuid = column(row, EXTRA)?;
-                let is_there = column::<Option<Uuid>>(row, ID)?.is_some();
-                let is_last = users_told.insert(id);
-                changes.push(pb::UserChange {
-                    kind: i32::from(column::<i16>(row, EXTRA + 2)?),
-                    id: id.to_string(),
-                    revision: column(row, EXTRA + 1)?,
-                    user: if is_last && is_there { Some(user_from_row(row)?) } else { None },
-                });
-            }
-            changes.reverse();
-        }
-        Ok(Self { changes, upto: from.after(&log, last, is_all), is_all })
+    /// Nothing has changed up to this point, which is now.
+    pub fn bookmark(point: Point) -> Self {
+        let messages = vec![message(Vec::new(), &point)];
+        Self { from: point.clone(), upto: point, is_bookmark: true, is_all: true, messages }
     }
 
-    /// The message that delivers it: a bookmark, if nothing has changed.
-    pub fn into_message(self) -> pb::WatchUsersResponse {
-        pb::WatchUsersResponse {
-            bookmark: self.changes.is_empty(),
-            changes: self.changes,
-            initial_state_end: false,
-            resume_token: self.upto.to_token(),
+    fn from_rows(from: &Point, rows: &[Row]) -> Result<Self, Error> {
+        let (mut log, mut behind) = (None, Vec::with_capacity(rows.len()));
+        for row in rows {
+            match column::<Option<i64>>(row, EXTRA + 4)? {
+                Some(seq) => behind.push((xid(row, EXTRA + 3)?, seq, row)),
+                None => log = log_from_row(row)?,
+            }
         }
+        // No such row: the log is not this database's. No history: a standby.
+        let log = log.ok_or(Error::DatabaseUnavailable)?;
+        from.check(&log)?;
+        behind.sort_unstable_by_key(|(xid, seq, _)| (*xid, *seq));
+        let is_all = i64::try_from(behind.len()).is_ok_and(|count| count < BATCH_SIZE);
+        let mut changes = Vec::with_capacity(behind.len());
+        let mut users_told = HashSet::with_capacity(behind.len());
+        for (xid, _, row) in behind.into_iter().rev() {
+            let id: Uuid = column(row, EXTRA)?;
+            let is_there = column::<Option<Uuid>>(row, ID)?.is_some();
+            let is_last = users_told.insert(id);
+            let told = pb::UserChange {
+                kind: i32::from(column::<i16>(row, EXTRA + 2)?),
+                id: id.to_string(),
+                revision: column(row, EXTRA + 1)?,
+                user: if is_last && is_there { Some(user_from_row(row)?) } else { None },
+            };
+            changes.push((Change::new(xid, column(row, EXTRA + 5)?), told));
+        }
+        if changes.is_empty() {
+            return Ok(Self { from: from.clone(), ..Self::bookmark(from.after(&log, None, true)) });
+        }
+        // The last change came first.
+        let (mut upto, mut messages) = (from.clone(), Vec::new());
+        while !changes.is_empty() {
+            let mut part = changes.split_off(changes.len().saturating_sub(MESSAGE_SIZE));
+            part.reverse();
+            let last = part.last().map(|(change, _)| *change);
+            let goes_on =
+                changes.last().is_some_and(|(next, _)| last.is_some_and(|last| last.xid == next.xid));
+            if !goes_on {
+                upto = from.after(&log, last, is_all && changes.is_empty());
+            }
+            messages.push(message(part.into_iter().map(|(_, told)| told).collect(), &upto));
+        }
+        Ok(Self { from: from.clone(), upto, is_bookmark: false, is_all, messages })
     }
 }
 
-/// The transaction of a change, unless the row has none.
-fn change_from_row(row: &Row) -> Result<Option<Change>, Error> {
-    let Some(xid) = column(row, EXTRA + 3)? else { return Ok(None) };
-    Ok(Some(Change::new(number(xid)?, column(row, EXTRA + 4)?)))
+/// Changes, and the point from which a watch goes on that has come so far; within a
+/// transaction, that is still the point before it.
+fn message(changes: Vec<pb::UserChange>, point: &Point) -> Encoded {
+    Encoded::new(&pb::WatchUsersResponse {
+        bookmark: changes.is_empty(),
+        changes,
+        initial_state_end: false,
+        resume_token: point.to_token(),
+    })
 }
 
 fn log_from_row(row: &Row) -> Result<Option<Log>, Error> {
-    let Some(history) = column(row, EXTRA + 5)? else { return Ok(None) };
+    let Some(history) = column(row, EXTRA + 6)? else { return Ok(None) };
     Ok(Some(Log {
         history,
-        running: running(column(row, EXTRA + 6)?)?,
-        purged: Change::new(number(column(row, EXTRA + 7)?)?, column(row, EXTRA + 8)?),
-        last_time_us: column::<Option<SystemTime>>(row, EXTRA + 9)?.map(|time| Change::new(0, time).time_us),
+        running: running(column(row, EXTRA + 7)?)?,
+        purged: Change::new(xid(row, EXTRA + 8)?, column(row, EXTRA + 9)?),
+        last_time_us: column::<Option<SystemTime>>(row, EXTRA + 10)?.map(|time| Change::new(0, time).time_us),
     }))
 }
 
@@ -250,26 +279,42 @@ fn running(snapshot: &str) -> Result<Vec<u64>, Error> {
     point::running(snapshot).ok_or(Error::Internal)
 }
 
-fn number(text: &str) -> Result<u64, Error> {
-    text.parse().map_err(|_| Error::Internal)
+fn xid(row: &Row, index: usize) -> Result<u64, Error> {
+    column::<Xid>(row, index).map(|Xid(xid)| xid)
 }
 
-/// A batch that was published.
+/// The number of a transaction, as PostgreSQL sends it.
 #[derive(Debug)]
-pub struct Round {
-    /// The point before it, which is the one after the round before.
-    pub from: Point,
-    /// The point after it.
-    pub upto: Point,
-    /// What watchers get.
-    pub message: pb::WatchUsersResponse,
+struct Xid(u64);
+
+impl FromSql<'_> for Xid {
+    fn from_sql(_: &Type, raw: &[u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Self(u64::from_be_bytes(raw.try_into()?)))
+    }
+
+    accepts!(XID8);
+}
+
+impl ToSql for Xid {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        out.extend_from_slice(&self.0.to_be_bytes());
+        Ok(IsNull::No)
+    }
+
+    accepts!(XID8);
+
+    to_sql_checked!();
 }
 
 /// The feed of a process.
 pub struct Feed {
     db: Arc<Db>,
     session: String,
-    rounds: broadcast::Sender<Arc<Round>>,
+    rounds: broadcast::Sender<Arc<Batch>>,
     /// Told when somebody begins to watch.
     arrivals: Notify,
     /// For those who watch.
@@ -290,8 +335,8 @@ impl Feed {
         }
     }
 
-    /// The rounds from now on.
-    pub fn rounds(&self) -> broadcast::Receiver<Arc<Round>> {
+    /// What is published from now on: rounds, each of which begins where the one before ends.
+    pub fn rounds(&self) -> broadcast::Receiver<Arc<Batch>> {
         let rounds = self.rounds.subscribe();
         self.arrivals.notify_one();
         rounds
@@ -330,7 +375,7 @@ impl Feed {
         let _turn = self.reading.acquire().await;
         let (last, unseen) = parameters(from);
         let rows = self.db.run(Access::Read, READ, &[&last, &unseen, &BATCH_SIZE]).await?;
-        Batch::from_rows(from, &rows, BATCH_SIZE)
+        Batch::from_rows(from, &rows)
     }
 
     /// Publishes rounds while somebody watches, for ever. Those who watch stay when the
@@ -339,8 +384,14 @@ impl Feed {
         let mut published = None;
         loop {
             self.somebody_watches(&mut published).await;
+            let begun = Instant::now();
             let Err(error) = self.publish_from(postgres, &mut published).await;
-            tracing::warn!(error = describe(error.as_ref()), "the change feed is interrupted");
+            // An attempt that fails at once, while PostgreSQL is away, is no news.
+            if begun.elapsed() > RECONNECT_DELAY {
+                tracing::warn!(error = describe(error.as_ref()), "the change feed is interrupted");
+            } else {
+                tracing::debug!(error = describe(error.as_ref()), "the change feed cannot be read");
+            }
             time::sleep(RECONNECT_DELAY).await;
         }
     }
@@ -383,18 +434,19 @@ impl Feed {
                     anyhow::bail!("the change log does not go on: {error:?}");
                 }
             };
-            if !batch.changes.is_empty() {
+            if !batch.is_bookmark {
                 poll = POLL_MIN;
             } else if last_round.is_some_and(|round| round.elapsed() < BOOKMARK_INTERVAL) {
+                time::sleep(GATHER_TIME).await;
                 self.committed_within(poll).await;
                 poll = (poll * 2).min(POLL_MAX);
                 continue;
             }
-            let from = mem::replace(from, batch.upto.clone());
-            let round = Round { from, upto: batch.upto.clone(), message: batch.into_message() };
-            let pause = gather_time(self.rounds.receiver_count(), round.message.encoded_len());
+            from.clone_from(&batch.upto);
+            let octets = batch.messages.iter().map(Message::encoded_len).sum();
+            let pause = gather_time(self.rounds.receiver_count(), octets);
             // It fails if the last watcher has just gone.
-            let _ = self.rounds.send(Arc::new(round));
+            let _ = self.rounds.send(Arc::new(batch));
             last_round = Some(Instant::now());
             time::sleep(pause).await;
         }
@@ -422,8 +474,8 @@ fn gather_time(watchers: usize, octets: usize) -> Duration {
 }
 
 /// The parameters `$1` and `$2` of [`READ`].
-fn parameters(from: &Point) -> (String, Vec<String>) {
-    (from.last_xid().to_string(), from.unseen().iter().map(u64::to_string).collect())
+fn parameters(from: &Point) -> (Xid, Vec<Xid>) {
+    (Xid(from.last_xid()), from.unseen().iter().copied().map(Xid).collect())
 }
 
 /// The reader of a process, on a connection of its own.
@@ -442,8 +494,8 @@ impl Reader<'_> {
     /// The next batch. The outer error is one of the connection.
     async fn read(&self, from: &Point) -> anyhow::Result<Result<Batch, Error>> {
         let (last, unseen) = parameters(from);
-        let params: db::Params<'_> = &[&last, &unseen, &ROUND_SIZE];
+        let params: db::Params<'_> = &[&last, &unseen, &BATCH_SIZE];
         let rows = time::timeout(READ_TIMEOUT, self.client.query(&self.read, params)).await??;
-        Ok(Batch::from_rows(from, &rows, ROUND_SIZE))
+        Ok(Batch::from_rows(from, &rows))
     }
 }

@@ -55,6 +55,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const MAX_PENDING_RESETS: usize = 20;
 const MAX_ERROR_RESETS: usize = 1024;
 const MAX_HEADER_OCTETS: u32 = 16 * 1024;
+/// What of an answer waits for the client to take it, beside one message.
+const MAX_SEND_BUFFER_OCTETS: usize = 32 * 1024;
 
 /// What a service makes of a call.
 type Answering = BoxFuture<'static, Result<Response<Body>, Infallible>>;
@@ -112,6 +114,7 @@ pub async fn serve(
         .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
         .max_local_error_reset_streams(MAX_ERROR_RESETS)
         .max_header_list_size(MAX_HEADER_OCTETS)
+        .max_send_buf_size(MAX_SEND_BUFFER_OCTETS)
         .keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     let mut connections = JoinSet::new();

@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     batch,
+    codec::Encoded,
     db::Db,
     error::{Error, reason},
     export::Exports,
@@ -199,7 +200,7 @@ impl pb::user_service_server::UserService for Users {
         Ok(Response::new(parts.map_err(Status::from).boxed()))
     }
 
-    type WatchUsersStream = AnswerStream<pb::WatchUsersResponse>;
+    type WatchUsersStream = AnswerStream<Encoded>;
 
     async fn watch_users(&self, request: Request<pb::WatchUsersRequest>) -> Answer<Self::WatchUsersStream> {
         let watch = Watch::parse(request.get_ref())?;

@@ -5,7 +5,7 @@
 //! connection, and buffers nothing. Who reads too slowly for the rounds finds that some
 //! are gone, and reads what they had from the log.
 
-use std::{mem, sync::Arc};
+use std::{mem, sync::Arc, time::Instant, vec};
 
 use futures_util::{Stream, stream};
 use tokio::{
@@ -16,10 +16,12 @@ use tokio::{
     task,
 };
 use tonic::Status;
+use uuid::Uuid;
 
 use crate::{
+    codec::Encoded,
     error::Error,
-    feed::{Batch, Feed, Round},
+    feed::{BOOKMARK_INTERVAL, Batch, Feed, MESSAGE_SIZE},
     input::Watch,
     pb,
     point::{Point, Rest, Token},
@@ -28,17 +30,19 @@ use crate::{
 /// A stream of WatchUsers.
 pub struct Watcher {
     feed: Arc<Feed>,
-    rounds: Receiver<Arc<Round>>,
-    /// What the client has been sent.
+    rounds: Receiver<Arc<Batch>>,
+    /// What the client has been sent, and when.
     point: Point,
+    sent: Instant,
+    /// What is at hand for the client.
+    messages: vec::IntoIter<Encoded>,
+    /// What comes then.
     next: Next,
     _place: OwnedSemaphorePermit,
 }
 
-/// What the client gets next.
+/// Where the next messages come from.
 enum Next {
-    /// This batch, which is at hand.
-    Batch(Batch),
     /// Users of the initial state.
     Users(Rest),
     /// What is in the log behind the point.
@@ -53,28 +57,38 @@ impl Watcher {
         let place = feed.places.take()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
-        let (point, next) = match watch {
-            Watch::FromNow => {
-                let point = feed.now().await?;
-                // A bookmark, so that the client has a token from the first moment on.
-                let batch = Batch { changes: Vec::new(), upto: point.clone(), is_all: true };
-                (point, Next::Batch(batch))
-            }
+        let (batch, rest) = match watch {
+            // A bookmark, so that the client has a token from the first moment on.
+            Watch::FromNow => (Batch::bookmark(feed.now().await?), None),
             Watch::InitialState => {
                 let (point, rest) = feed.beginning().await?;
-                (point, Next::Users(rest))
+                (Batch::bookmark(point), Some(rest))
             }
             Watch::Resume(Token { point, initial_state }) => {
                 // This is where it turns out whether the token is good.
                 let batch = feed.read(&point).await?;
-                (point, initial_state.map_or(Next::Batch(batch), Next::Users))
+                let batch = if initial_state.is_some() { Batch::bookmark(point) } else { batch };
+                (batch, initial_state)
             }
         };
-        Ok(Self { feed, rounds, point, next, _place: place })
+        let mut watcher = Self {
+            feed,
+            rounds,
+            point: batch.upto.clone(),
+            sent: Instant::now(),
+            messages: Vec::new().into_iter(),
+            next: Next::Round,
+            _place: place,
+        };
+        match rest {
+            Some(rest) => watcher.next = Next::Users(rest),
+            None => watcher.send(batch),
+        }
+        Ok(watcher)
     }
 
     /// The messages, until the client goes or something fails.
-    pub fn into_stream(self) -> impl Stream<Item = Result<pb::WatchUsersResponse, Status>> + Send {
+    pub fn into_stream(self) -> impl Stream<Item = Result<Encoded, Status>> + Send {
         stream::unfold(Some(self), async |watcher| {
             let mut watcher = watcher?;
             // Whoever sends the messages asks for one more before it sends the last, and
@@ -82,80 +96,97 @@ impl Watcher {
             // keeps its connection; so nothing begins at the first look.
             task::yield_now().await;
             match watcher.message().await {
-                Ok(message) => Some((Ok(message), Some(watcher))),
+                Ok(message) => {
+                    watcher.sent = Instant::now();
+                    Some((Ok(message), Some(watcher)))
+                }
                 Err(error) => Some((Err(error.into()), None)),
             }
         })
     }
 
-    async fn message(&mut self) -> Result<pb::WatchUsersResponse, Error> {
+    async fn message(&mut self) -> Result<Encoded, Error> {
         loop {
+            if let Some(message) = self.messages.next() {
+                return Ok(message);
+            }
             match mem::replace(&mut self.next, Next::Round) {
-                Next::Batch(batch) => return Ok(self.send(batch)),
-                Next::Users(rest) => return self.users(rest).await,
+                Next::Users(rest) => self.users(rest).await?,
                 Next::Missed => {
                     // Rounds from now on: those before are in the log.
                     self.rounds = self.feed.rounds();
                     let batch = self.feed.read(&self.point).await?;
-                    if !batch.changes.is_empty() {
-                        return Ok(self.send(batch));
-                    }
-                    self.point = batch.upto;
-                }
-                Next::Round => {
-                    if let Some(round) = self.round().await? {
-                        return Ok(round.message.clone());
+                    if batch.is_bookmark {
+                        self.point = batch.upto;
+                    } else {
+                        self.send(batch);
                     }
                 }
+                Next::Round => self.round().await?,
             }
         }
     }
 
     /// A batch of this watcher's own. There is more if it is full.
-    fn send(&mut self, batch: Batch) -> pb::WatchUsersResponse {
-        self.point = batch.upto.clone();
+    fn send(&mut self, batch: Batch) {
+        self.point = batch.upto;
         self.next = if batch.is_all { Next::Round } else { Next::Missed };
-        batch.into_message()
+        self.messages = batch.messages.into_iter();
     }
 
     /// The next users of the initial state. Behind the last ones come the changes that
     /// were made since it began.
-    async fn users(&mut self, rest: Rest) -> Result<pb::WatchUsersResponse, Error> {
-        let (users, rest) = self.feed.page(rest).await?;
+    async fn users(&mut self, rest: Rest) -> Result<(), Error> {
+        let (users, left) = self.feed.page(rest).await?;
         let to_change = |user: pb::User| pb::UserChange {
             kind: pb::ChangeKind::Existing.into(),
             id: user.id.clone(),
             revision: user.revision,
             user: Some(user),
         };
-        self.next = rest.map_or(Next::Missed, Next::Users);
-        Ok(pb::WatchUsersResponse {
-            changes: users.into_iter().map(to_change).collect(),
-            bookmark: false,
-            initial_state_end: rest.is_none(),
-            resume_token: Token { point: self.point.clone(), initial_state: rest }.to_text(),
-        })
+        let (mut users, mut messages) = (users.into_iter().map(to_change).peekable(), Vec::new());
+        loop {
+            let changes: Vec<_> = users.by_ref().take(MESSAGE_SIZE).collect();
+            let is_last = users.peek().is_none();
+            let after = changes.last().and_then(|last| Uuid::try_parse(&last.id).ok());
+            let initial_state =
+                if is_last { left } else { Some(Rest { after: after.unwrap_or(rest.after), ..rest }) };
+            messages.push(Encoded::new(&pb::WatchUsersResponse {
+                changes,
+                bookmark: false,
+                initial_state_end: initial_state.is_none(),
+                resume_token: Token { point: self.point.clone(), initial_state }.to_text(),
+            }));
+            if is_last {
+                break;
+            }
+        }
+        self.messages = messages.into_iter();
+        self.next = left.map_or(Next::Missed, Next::Users);
+        Ok(())
     }
 
-    /// The next round, unless it has nothing new, or something is missing before it.
-    async fn round(&mut self) -> Result<Option<Arc<Round>>, Error> {
+    /// The next round, unless it has nothing new, or something is missing before it. Who
+    /// is ahead of the rounds, which happens when they are late, gets bookmarks meanwhile.
+    async fn round(&mut self) -> Result<(), Error> {
         let round = match self.rounds.recv().await {
             Ok(round) => round,
             Err(RecvError::Lagged(_)) => {
                 self.next = Next::Missed;
-                return Ok(None);
+                return Ok(());
             }
             Err(RecvError::Closed) => return Err(Error::Stopping),
         };
-        let is_bookmark_here = round.message.bookmark && round.upto == self.point;
-        if self.point.includes(&round.upto) && !is_bookmark_here {
-            return Ok(None);
-        }
-        if !self.point.includes(&round.from) {
+        if self.point.includes(&round.upto) {
+            if round.is_bookmark || self.sent.elapsed() >= BOOKMARK_INTERVAL {
+                self.send(Batch::bookmark(self.point.clone()));
+            }
+        } else if self.point.includes(&round.from) {
+            self.point = round.upto.clone();
+            self.messages = round.messages.clone().into_iter();
+        } else {
             self.next = Next::Missed;
-            return Ok(None);
         }
-        self.point = round.upto.clone();
-        Ok(Some(round))
+        Ok(())
     }
 }

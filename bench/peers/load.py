@@ -37,7 +37,8 @@ def wrk(addr: str, operation: str, connections: int, seconds: float) -> Cell:
 
 
 def grpc(program: Path, addr: str, operation: str, in_flight: int, seconds: float) -> Cell:
-    what = ["--addr", addr, "--rpc", operation, "--users", str(USERS)]
+    rpc = {"get": "get-by-id"}.get(operation, operation)
+    what = ["--addr", addr, "--rpc", rpc, "--users", str(USERS)]
     return generate([program, "load", *what, "--in-flight", str(in_flight), "--seconds", str(seconds)], seconds)
 
 

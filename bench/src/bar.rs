@@ -33,7 +33,8 @@ impl Criterion {
 
 /// All that was aimed at.
 pub fn bar(findings: &Findings, plan: &Plan) -> Vec<Criterion> {
-    [reads(findings), writes_and_latency(findings), growth(findings, plan), many(findings), program(findings)]
+    let (growth, many) = (growth(findings, plan), many(findings, plan));
+    [reads(findings), writes_and_latency(findings), growth, many, feed(findings), program(findings)]
         .into_iter()
         .flatten()
         .collect()
@@ -127,22 +128,30 @@ fn growth(findings: &Findings, plan: &Plan) -> Vec<Criterion> {
     ]
 }
 
-/// Users a second.
-fn many(findings: &Findings) -> Vec<Criterion> {
-    let rate = |work: Work| findings.at_once.each(work, |cell| cell.rate * work.users() as f64);
+/// Users a second. The larger the table, the more a lookup and a call have in common,
+/// which is the walk down the index: the bar was set with a hundred thousand users.
+fn many(findings: &Findings, plan: &Plan) -> Vec<Criterion> {
+    let rate =
+        |work: Work, users| findings.at_once.each((work, users), |cell| cell.rate * work.users() as f64);
     let bulk = &findings.bulk;
-    vec![
+    let lookup = |&users: &u64| {
         criterion(
-            "`LookupUsers` of 1000 ÷ 1000 grouped `GetUser` calls in flight, users a second",
+            format!(
+                "`LookupUsers` of 1000 ÷ 1000 grouped `GetUser` calls in flight, users a second, {} users",
+                amount(users)
+            ),
             "5",
             None,
-            ratios(&rate(Work::Lookup), &rate(Work::GetById)),
-        ),
+            ratios(&rate(Work::Lookup, users), &rate(Work::GetById, users)),
+        )
+    };
+    let mut criteria: Vec<_> = plan.sizes.iter().map(lookup).collect();
+    criteria.extend([
         criterion(
             "`BatchCreateUsers` of 1000 ÷ 1000 grouped `CreateUser` calls in flight, users a second",
             "2",
             None,
-            ratios(&rate(Work::BatchCreate), &rate(Work::Create)),
+            ratios(&rate(Work::BatchCreate, plan.users), &rate(Work::Create, plan.users)),
         ),
         criterion(
             "`ImportUsers` ÷ `psql \\copy` of the same rows, and a row in the change log for each",
@@ -158,6 +167,47 @@ fn many(findings: &Findings) -> Vec<Criterion> {
         ),
         criterion("growth of resident memory, import", "≤ 64 MiB", None, vec![bulk.import_growth]),
         criterion("growth of resident memory, export", "≤ 64 MiB", None, vec![bulk.export_growth]),
+    ]);
+    criteria
+}
+
+fn feed(findings: &Findings) -> Vec<Criterion> {
+    let (feed, bulk) = (&findings.feed, &findings.bulk);
+    let [.., at_half] = &feed.delivery;
+    let figures = |figures: &[f64]| figures.to_vec();
+    vec![
+        criterion(
+            "begin of a transaction to delivery, same replica, half of the highest create rate: median",
+            "≤ 10 ms",
+            None,
+            figures(&at_half.here.median),
+        ),
+        criterion("the same, 99th percentile", "≤ 50 ms", None, figures(&at_half.here.p99)),
+        criterion(
+            "the same, another replica, 99th percentile",
+            "≤ 250 ms",
+            None,
+            figures(&at_half.there.p99),
+        ),
+        criterion(
+            "creates with 1000 watchers ÷ with none",
+            "0.85",
+            None,
+            ratios(&feed.watched, &feed.unwatched),
+        ),
+        criterion("resident memory of a watcher", "≤ 64 KiB", None, figures(&feed.memory_per_watcher)),
+        criterion(
+            "creates with the change log ÷ without",
+            "0.85",
+            None,
+            ratios(&feed.logged, &feed.unlogged),
+        ),
+        criterion(
+            "catching up a million changes ÷ `ExportUsers` of the same users",
+            "0.5",
+            None,
+            ratios(&bulk.caught_up, &bulk.exported_beside),
+        ),
     ]
 }
 

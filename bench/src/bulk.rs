@@ -39,6 +39,10 @@ pub struct Bulk {
     pub copy_in: Vec<f64>,
     pub export: Vec<f64>,
     pub copy_out: Vec<f64>,
+    /// Changes a second that a watch gets that was away while all users were imported,
+    /// and users a second of an export of the same.
+    pub caught_up: Vec<f64>,
+    pub exported_beside: Vec<f64>,
     /// By how many MiB the service grew.
     pub import_growth: f64,
     pub export_growth: f64,
@@ -52,7 +56,11 @@ pub async fn run(plan: &Plan, cluster: &Cluster, database: &Database) -> anyhow:
     fs::write(&rows, copied_rows(few)?)?;
     for repetition in 1..=plan.repetitions {
         eprintln!("import and export, repetition {repetition}");
-        bulk.import.push(import(plan, cluster, few).await?.0);
+        let empty = cluster.create_database(0).await?;
+        let service = Service::start(&plan.service, &empty, "on").await?;
+        bulk.import.push(import(&service, few).await?);
+        service.stop().await?;
+        cluster.drop_database(&empty).await?;
         let empty = cluster.create_database(0).await?;
         // The change log is the price of the feed, which a copy has to pay as well.
         let copy = format!("\\copy users ({}) from '{}'", COLUMNS.replace('\n', " "), rows.display());
@@ -68,18 +76,26 @@ pub async fn run(plan: &Plan, cluster: &Cluster, database: &Database) -> anyhow:
         let took = psql(cluster, database, &[&copy]).await?;
         bulk.copy_out.push(database.users as f64 / took.as_secs_f64());
     }
-    eprintln!("memory of a large import and export");
-    bulk.import_growth = import(plan, cluster, plan.users).await?.1;
+    eprintln!("a large import and export, and a watch that catches up");
     bulk.export_growth = export(plan, database).await?.1;
+    let empty = cluster.create_database(0).await?;
+    let service = Service::start(&plan.service, &empty, "on").await?;
+    let at_rest = Memory::of(service.pid)?.now;
+    let beginning = watch(&service, String::new()).await?.message().await?.context("no bookmark")?;
+    import(&service, plan.users).await?;
+    bulk.import_growth = Memory::of(service.pid)?.peak - at_rest;
+    for _ in 1..=plan.repetitions {
+        bulk.caught_up.push(catch_up(&service, &beginning.resume_token, plan.users).await?);
+        bulk.exported_beside.push(export(plan, &empty).await?.0);
+    }
+    service.stop().await?;
+    cluster.drop_database(&empty).await?;
     Ok(bulk)
 }
 
-/// Imports into an empty database: users a second, and the growth of the service.
-async fn import(plan: &Plan, cluster: &Cluster, users: u64) -> anyhow::Result<(f64, f64)> {
-    let database = cluster.create_database(0).await?;
-    let service = Service::start(&plan.service, &database, "on").await?;
-    let at_rest = Memory::of(service.pid)?.now;
-    let mut client = connect(&service).await?;
+/// Imports users, and says how many a second.
+async fn import(service: &Service, users: u64) -> anyhow::Result<f64> {
+    let mut client = connect(service).await?;
     let import_id = user_id(users);
     let chunks = (0..users.div_ceil(CHUNK)).map(move |chunk| pb::ImportUsersRequest {
         import_id: import_id.clone(),
@@ -93,12 +109,27 @@ async fn import(plan: &Plan, cluster: &Cluster, users: u64) -> anyhow::Result<(f
     while let Some(ack) = acks.message().await? {
         created += u64::try_from(ack.created)?;
     }
-    let rate = users as f64 / started.elapsed().as_secs_f64();
     ensure!(created == users, "{created} of {users} users were imported");
-    let growth = Memory::of(service.pid)?.peak - at_rest;
-    service.stop().await?;
-    cluster.drop_database(&database).await?;
-    Ok((rate, growth))
+    Ok(users as f64 / started.elapsed().as_secs_f64())
+}
+
+async fn watch(
+    service: &Service,
+    resume_token: String,
+) -> anyhow::Result<tonic::Streaming<pb::WatchUsersResponse>> {
+    let request = pb::WatchUsersRequest { resume_token, ..Default::default() };
+    Ok(connect(service).await?.watch_users(request).await?.into_inner())
+}
+
+/// Watches from a token on until so many changes have come: changes a second.
+async fn catch_up(service: &Service, token: &str, changes: u64) -> anyhow::Result<f64> {
+    let started = Instant::now();
+    let mut messages = watch(service, token.to_owned()).await?;
+    let mut count = 0;
+    while count < changes {
+        count += messages.message().await?.context("the watch ended")?.changes.len() as u64;
+    }
+    Ok(count as f64 / started.elapsed().as_secs_f64())
 }
 
 /// Exports all users: users a second, and the growth of the service.

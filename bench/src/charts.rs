@@ -5,16 +5,18 @@ use std::{fs, path::Path};
 use crate::{
     bar::best_of_pgbench,
     calls::Work,
+    feed::{Delivery, SHARES},
     results::{Cell, Summary},
     run::{By, Findings, LOADS},
     svg::{Bar, Bars, Line, Lines},
 };
 
 /// The files, and what they show.
-pub const FILES: [(&str, &str); 3] = [
+pub const FILES: [(&str, &str); 4] = [
     ("rate.svg", "Calls a second"),
     ("latency.svg", "99th percentile of latency"),
     ("cpu.svg", "CPU time of a call"),
+    ("delivery.svg", "From the beginning of a transaction to the delivery of its change"),
 ];
 
 // Colours that can be told apart without red or green, too.
@@ -26,7 +28,7 @@ const GREY: &str = "#59636e";
 
 /// Draws all charts.
 pub fn write(findings: &Findings, dir: &Path) -> anyhow::Result<()> {
-    let charts = [rate(findings), latency(findings), cpu(findings)];
+    let charts = [rate(findings), latency(findings), cpu(findings), delivery(findings)];
     for ((file, _), svg) in FILES.iter().zip(charts) {
         fs::write(dir.join(file), svg)?;
     }
@@ -96,9 +98,32 @@ fn cpu(findings: &Findings) -> String {
     .to_svg()
 }
 
+fn delivery(findings: &Findings) -> String {
+    let line = |label: &str, colour, is_dashed, figures: fn(&Delivery) -> &Vec<f64>| Line {
+        label: label.into(),
+        colour,
+        is_dashed,
+        values: findings.feed.delivery.iter().map(|d| Summary::of(figures(d).clone()).median).collect(),
+    };
+    Lines {
+        title: "From the beginning of a transaction to the delivery of its change",
+        unit: "milliseconds, less is better",
+        steps: SHARES.map(|share| format!("{:.0} %", share * 100.0)).to_vec(),
+        step: "of the highest create rate",
+        is_logarithmic: false,
+        lines: vec![
+            line("same replica, p99", BLUE, false, |delivery| &delivery.here.p99),
+            line("another replica, p99", ORANGE, false, |delivery| &delivery.there.p99),
+            line("same replica, median", BLUE, true, |delivery| &delivery.here.median),
+            line("another replica, median", ORANGE, true, |delivery| &delivery.there.median),
+        ],
+    }
+    .to_svg()
+}
+
 fn lines(title: &'static str, unit: &'static str, is_logarithmic: bool, lines: Vec<Line>) -> String {
     let steps = LOADS.map(|(in_flight, _)| in_flight.to_string()).to_vec();
-    Lines { title, unit, steps, is_logarithmic, lines }.to_svg()
+    Lines { title, unit, steps, step: "calls in flight", is_logarithmic, lines }.to_svg()
 }
 
 fn at_each_load(findings: &Findings, work: Work, by: By, figure: fn(&Cell) -> f64) -> Vec<f64> {

@@ -4,7 +4,7 @@ use std::{future::poll_fn, net::SocketAddr};
 
 use anyhow::{Context, bail};
 use bytes::{Buf, Bytes, BytesMut};
-use h2::client::SendRequest;
+use h2::{RecvStream, client::SendRequest};
 use http::{HeaderMap, Request, header};
 use tokio::{net::TcpStream, task::JoinSet};
 
@@ -44,9 +44,8 @@ pub fn head(addr: SocketAddr, path: &str) -> anyhow::Result<Request<()>> {
 }
 
 impl Caller {
-    /// Makes a call and returns the message of the answer. Anything but an OK in
-    /// the trailers is an error.
-    pub async fn call(&mut self, head: Request<()>, request: Bytes) -> anyhow::Result<Bytes> {
+    /// Makes a call and returns its answer, of which nothing has been read.
+    pub async fn begin(&mut self, head: Request<()>, request: Bytes) -> anyhow::Result<RecvStream> {
         poll_fn(|context| self.0.poll_ready(context)).await?;
         let (response, mut stream) = self.0.send_request(head, false)?;
         stream.send_data(request, true)?;
@@ -55,7 +54,13 @@ impl Caller {
         if response.headers().contains_key("grpc-status") {
             check(response.headers())?;
         }
-        let mut body = response.into_body();
+        Ok(response.into_body())
+    }
+
+    /// Makes a call and returns the message of the answer. Anything but an OK in
+    /// the trailers is an error.
+    pub async fn call(&mut self, head: Request<()>, request: Bytes) -> anyhow::Result<Bytes> {
+        let mut body = self.begin(head, request).await?;
         let mut message = Bytes::new();
         while let Some(chunk) = body.data().await {
             let chunk = chunk?;

@@ -96,6 +96,11 @@ impl Cluster {
         Ok(Database { name, users, deep_page, socket_dir: self.dir.path().to_owned() })
     }
 
+    /// A connection to a database, beside those of the service.
+    pub async fn connect(&self, database: &Database) -> anyhow::Result<Session> {
+        Session::open(self.postgres.config().dbname(&database.name)).await
+    }
+
     /// Drops a database, and ends who is still connected.
     pub async fn drop_database(&self, database: &Database) -> anyhow::Result<()> {
         self.administer(&format!("drop database {} (force)", database.name)).await
@@ -135,8 +140,8 @@ fn load(users: u64) -> String {
 }
 
 /// A connection to PostgreSQL beside those of the service.
-struct Session {
-    client: Client,
+pub struct Session {
+    pub client: Client,
     _driver: JoinSet<Result<(), tokio_postgres::Error>>,
 }
 

@@ -12,6 +12,7 @@
 //! | [`generator`], [`client`], [`calls`] | the load, from the number of callers to the octets |
 //! | [`load`] | that load for others to use, who compare other services |
 //! | [`bulk`] | imports and exports beside `COPY` |
+//! | [`feed`] | the change feed: deliveries, watchers, and what they cost |
 //! | [`pgbench`] | the load that PostgreSQL makes itself |
 //! | [`usage`] | CPU time and memory |
 //! | [`results`] | from repetitions to a figure |
@@ -23,6 +24,7 @@ mod calls;
 mod charts;
 mod client;
 mod cluster;
+mod feed;
 mod generator;
 mod load;
 mod pgbench;
@@ -37,6 +39,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{cluster::Cluster, load::LoadArgs, run::Plan};
@@ -72,7 +75,7 @@ impl Cli {
         let service = self.service.clone().unwrap_or(beside);
         let service = service.canonicalize().with_context(|| format!("no {}", service.display()))?;
         let (repetitions, warm_up, duration) = if self.quick { (1, 50, 200) } else { (3, 250, 2000) };
-        let mut sizes = if self.quick { vec![1_000, 10_000] } else { vec![10_000, 1_000_000] };
+        let mut sizes = if self.quick { vec![1_000, 10_000] } else { vec![10_000, 100_000, 1_000_000] };
         let users = if self.quick { 10_000 } else { 1_000_000 };
         if self.scale {
             sizes.push(10 * users);
@@ -102,6 +105,9 @@ async fn main() -> anyhow::Result<()> {
         return load::run(args).await;
     }
     let plan = cli.plan()?;
+    // A thousand watchers have a connection each, here and in the service.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let cluster = Cluster::start().await?;
     // Whoever loses is dropped, and with the run the services and pgbench end.

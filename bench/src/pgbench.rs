@@ -18,7 +18,8 @@ use crate::{
 };
 
 /// As in the service's sessions.
-const OPTIONS: &str = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_bitmapscan=off";
+const OPTIONS: &str =
+    "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c enable_bitmapscan=off -c jit=off";
 
 /// Each client's new users get ids in a row, as those that the service makes. They
 /// begin with the time, in microseconds, and clients are some months apart.

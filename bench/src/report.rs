@@ -7,14 +7,15 @@ use crate::{
     bulk::Bulk,
     calls::Work,
     charts,
+    feed::{SHARES, WATCHERS},
     results::{Cell, Summary, ratios},
-    run::{AT_ONCE, BUSY, By, Findings, GROWTH, Plan},
+    run::{BUSY, By, Findings, GROWTH, Plan, READ_AT_ONCE, WRITTEN_AT_ONCE},
     usage::machine,
 };
 
 /// The whole report.
 pub fn report(findings: &Findings, plan: &Plan) -> anyhow::Result<String> {
-    let charts = charts::FILES.map(|(file, title)| format!("![{title}]({file})\n"));
+    let [charts @ .., delivery_chart] = charts::FILES.map(|(file, title)| format!("![{title}]({file})\n"));
     Ok([
         "# Results of the benchmark\n".into(),
         format!("{} on {}.\n", plan.made_by, machine(&findings.postgres_version)?),
@@ -43,7 +44,10 @@ pub fn report(findings: &Findings, plan: &Plan) -> anyhow::Result<String> {
         format!("## As the table grows\n\nGrouped, {BUSY} calls in flight.\n"),
         growth_table(findings, plan),
         "## Many users at once\n".into(),
-        many_table(findings),
+        many_table(findings, plan),
+        "## The change feed\n".into(),
+        delivery_chart,
+        feed_tables(findings),
         "## The program\n".into(),
         program_table(findings),
     ]
@@ -148,13 +152,16 @@ fn growth_table(findings: &Findings, plan: &Plan) -> String {
     table(&columns, rows)
 }
 
-fn many_table(findings: &Findings) -> String {
-    let at_once = AT_ONCE.into_iter().filter_map(|(work, in_flight)| {
-        let cell = findings.at_once.median(work)?;
+fn many_table(findings: &Findings, plan: &Plan) -> String {
+    let reads = plan.sizes.iter().flat_map(|size| READ_AT_ONCE.map(|read| (read, *size)));
+    let written = WRITTEN_AT_ONCE.map(|written| (written, plan.users));
+    let at_once = reads.chain(written).filter_map(|((work, in_flight), size)| {
+        let cell = findings.at_once.median((work, size))?;
         let users = work.users() as f64;
         let us = |time: f64| format!("{:.1} µs", time / users);
         Some(vec![
             format!("{}, {in_flight} in flight", row_name(work, By::Grouped)),
+            amount(size),
             thousands(cell.rate * users),
             us(cell.service),
             us(cell.database),
@@ -170,10 +177,41 @@ fn many_table(findings: &Findings) -> String {
     ];
     let bulk = bulk.map(|(name, rates)| {
         let rate = thousands(Summary::of(rates.clone()).median);
-        vec![name.into(), rate, String::new(), String::new(), String::new()]
+        let none = String::new();
+        vec![name.into(), none.clone(), rate, none.clone(), none.clone(), none]
     });
-    let columns = ["", "users/s", "CPU a user: service", "database", "generator"];
+    let columns = ["", "of", "users/s", "CPU a user: service", "database", "generator"];
     table(&columns, at_once.chain(bulk))
+}
+
+fn feed_tables(findings: &Findings) -> String {
+    let feed = &findings.feed;
+    let ms = |figures: &[f64]| format!("{:.1} ms", Summary::of(figures.to_vec()).median);
+    let delivery = SHARES.iter().zip(&feed.delivery).map(|(share, delivery)| {
+        let (here, there) = (&delivery.here, &delivery.there);
+        let figures = [&here.median, &here.p99, &there.median, &there.p99].map(|figures| ms(figures));
+        [vec![format!("{:.0} %", share * 100.0)], figures.to_vec()].concat()
+    });
+    let columns =
+        ["of the highest create rate", "same replica: median", "p99", "another replica: median", "p99"];
+    let delivery = table(&columns, delivery);
+    let rate = |figures: &[f64]| thousands(Summary::of(figures.to_vec()).median);
+    let (bulk, watching) = (&findings.bulk, format!("CreateUser, grouped, {WATCHERS} watch"));
+    let rates = [
+        ("CreateUser, grouped, nobody watches", &feed.unwatched),
+        (watching.as_str(), &feed.watched),
+        ("statement of a group that creates 128 users, without the change log", &feed.unlogged),
+        ("the same with the change log", &feed.logged),
+        ("catching up, changes/s", &bulk.caught_up),
+        ("ExportUsers of the same users", &bulk.exported_beside),
+    ];
+    let rates =
+        table(&["", "users/s"], rates.into_iter().map(|(name, figures)| vec![name.into(), rate(figures)]));
+    format!(
+        "From the beginning of the transaction that creates a user to the delivery of the change, so the \
+         transaction itself is counted. One client watches each of two replicas, of which one is written to.\n\n\
+         {delivery}\n{rates}"
+    )
 }
 
 fn program_table(findings: &Findings) -> String {

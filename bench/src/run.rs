@@ -17,6 +17,7 @@ use crate::{
     bulk::{self, Bulk},
     calls::{Requests, Work},
     cluster::{Cluster, Database},
+    feed::{self, Feed},
     generator::{self, Load},
     pgbench,
     results::{Cell, Results},
@@ -83,9 +84,10 @@ const WRITES: [(Work, By); 6] = [
     (Work::Update, By::Pgbench),
 ];
 
-/// Users in flight, one by one and a thousand at a time: calls in flight.
-pub const AT_ONCE: [(Work, usize); 4] =
-    [(Work::GetById, 1000), (Work::Lookup, 4), (Work::Create, 1000), (Work::BatchCreate, 4)];
+/// Users in flight, one by one and a thousand at a time: calls in flight. Reads are made
+/// with each size of the table.
+pub const READ_AT_ONCE: [(Work, usize); 2] = [(Work::GetById, 1000), (Work::Lookup, 4)];
+pub const WRITTEN_AT_ONCE: [(Work, usize); 2] = [(Work::Create, 1000), (Work::BatchCreate, 4)];
 
 /// What depends on the size of the table.
 pub const GROWTH: [Work; 3] = [Work::GetById, Work::FirstPage, Work::DeepPage];
@@ -100,9 +102,10 @@ pub struct Findings {
     pub paced: Results<By>,
     /// By the number of users, with [`BUSY`] calls in flight.
     pub growth: Results<(Work, u64)>,
-    /// [`AT_ONCE`].
-    pub at_once: Results<Work>,
+    /// Many users at once, by the number of users that there are.
+    pub at_once: Results<(Work, u64)>,
     pub bulk: Bulk,
+    pub feed: Feed,
     /// Milliseconds from exec to SERVING.
     pub starts: Vec<f64>,
     /// MiB, before the first call, and the most of the whole run.
@@ -137,10 +140,13 @@ pub async fn run(plan: &Plan, cluster: &Cluster) -> anyhow::Result<Findings> {
     bench.measure_growth(&databases).await?;
     bench.measure_points("writes", &WRITES).await?;
     bench.findings.memory_peak = Memory::of(bench.grouped.pid)?.peak;
-    bench.measure_at_once().await?;
+    bench.measure_written_at_once().await?;
     let mut findings = bench.findings;
     bench.grouped.stop().await?;
     bench.single.stop().await?;
+    let creates = |load| findings.points.median((Work::Create, By::Grouped, load)).map(|cell| cell.rate);
+    let most = LOADS.iter().filter_map(|(load, _)| creates(*load)).fold(0.0, f64::max);
+    findings.feed = feed::run(plan, cluster, database, most).await?;
     findings.bulk = bulk::run(plan, cluster, database).await?;
     Ok(findings)
 }
@@ -213,12 +219,12 @@ impl Bench<'_> {
         Ok(())
     }
 
-    async fn measure_at_once(&mut self) -> anyhow::Result<()> {
+    async fn measure_written_at_once(&mut self) -> anyhow::Result<()> {
         for repetition in 1..=self.plan.repetitions {
-            eprintln!("a thousand users at a time, repetition {repetition}");
-            for (work, in_flight) in AT_ONCE {
+            eprintln!("batches, repetition {repetition}");
+            for (work, in_flight) in WRITTEN_AT_ONCE {
                 let cell = self.load(&self.grouped, work, in_flight, None).await?;
-                self.findings.at_once.push(work, cell);
+                self.findings.at_once.push((work, self.plan.users), cell);
             }
         }
         Ok(())
@@ -235,6 +241,12 @@ impl Bench<'_> {
                 for service in &services {
                     let cell = self.load(service, work, BUSY, None).await?;
                     self.findings.growth.push((work, service.database.users), cell);
+                }
+            }
+            for service in &services {
+                for (work, in_flight) in READ_AT_ONCE {
+                    let cell = self.load(service, work, in_flight, None).await?;
+                    self.findings.at_once.push((work, service.database.users), cell);
                 }
             }
         }

@@ -22,8 +22,9 @@ pub struct Lines {
     pub title: &'static str,
     /// Of the values.
     pub unit: &'static str,
-    /// What is beneath each step.
+    /// What is beneath each step, and beneath them all.
     pub steps: Vec<String>,
+    pub step: &'static str,
     /// Whether ten times as much is always as far, rather than the same amount more.
     pub is_logarithmic: bool,
     pub lines: Vec<Line>,
@@ -83,7 +84,7 @@ impl Lines {
         for (step, label) in self.steps.iter().enumerate() {
             svg += &text(x(step), BOTTOM + 22.0, FAINT, "middle", label);
         }
-        svg += &text((LEFT + RIGHT) / 2.0, BOTTOM + 44.0, FAINT, "middle", "calls in flight");
+        svg += &text((LEFT + RIGHT) / 2.0, BOTTOM + 44.0, FAINT, "middle", self.step);
         for line in &self.lines {
             let colour = line.colour;
             let points: Vec<String> = line

@@ -80,11 +80,15 @@ fn children(pid: u32) -> anyhow::Result<Vec<u32>> {
 #[derive(Debug, Clone, Copy)]
 pub struct Memory {
     pub now: f64,
-    /// The most that there ever was.
+    /// The most that there was since the last [`Memory::forget_peak`].
     pub peak: f64,
 }
 
 impl Memory {
+    pub fn forget_peak(pid: u32) -> anyhow::Result<()> {
+        Ok(fs::write(format!("/proc/{pid}/clear_refs"), "5")?)
+    }
+
     pub fn of(pid: u32) -> anyhow::Result<Self> {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let mib = |name: &str| {
