@@ -54,8 +54,9 @@ const READING_AT_ONCE: usize = 2;
 /// watcher adds, since each delivery costs something however small it is.
 const GATHER_TIME: Duration = Duration::from_millis(5);
 const GATHER_TIME_PER_WATCHER: Duration = Duration::from_micros(100);
-/// What all watchers are sent together, at most. A flood of changes reaches many of them
-/// later, rather than taking from the writers what they need.
+/// What all watchers are sent together, unless a round takes longer than watchers wait for
+/// bookmarks. A flood of changes reaches many of them later, rather than taking from the
+/// writers what they need.
 const OCTETS_PER_SECOND: f64 = 64e6;
 /// How often to look for changes that other replicas made; less and less often when
 /// there are none.
@@ -203,7 +204,8 @@ pub struct Batch {
 impl Batch {
     /// Nothing has changed up to this point, which is now.
     pub fn bookmark(point: Point) -> Self {
-        let messages = vec![message(Vec::new(), &point)];
+        let message = pb::WatchUsersResponse { bookmark: true, ..leading_to(&point) };
+        let messages = vec![Encoded::new(&message)];
         Self { from: point.clone(), upto: point, is_bookmark: true, is_all: true, messages }
     }
 
@@ -240,29 +242,23 @@ impl Batch {
         // The last change came first.
         let (mut upto, mut messages) = (from.clone(), Vec::new());
         while !changes.is_empty() {
-            let mut part = changes.split_off(changes.len().saturating_sub(MESSAGE_SIZE));
-            part.reverse();
-            let last = part.last().map(|(change, _)| *change);
-            let goes_on =
-                changes.last().is_some_and(|(next, _)| last.is_some_and(|last| last.xid == next.xid));
-            if !goes_on {
-                upto = from.after(&log, last, is_all && changes.is_empty());
+            let part = changes.split_off(changes.len().saturating_sub(MESSAGE_SIZE));
+            // Behind the last transaction that does not go on in the next part.
+            let next = changes.last().map(|(change, _)| change.xid);
+            let complete = part.iter().map(|(change, _)| *change).find(|change| Some(change.xid) != next);
+            if complete.is_some() {
+                upto = from.after(&log, complete, is_all && changes.is_empty());
             }
-            messages.push(message(part.into_iter().map(|(_, told)| told).collect(), &upto));
+            let told = part.into_iter().rev().map(|(_, told)| told).collect();
+            messages.push(Encoded::new(&pb::WatchUsersResponse { changes: told, ..leading_to(&upto) }));
         }
         Ok(Self { from: from.clone(), upto, is_bookmark: false, is_all, messages })
     }
 }
 
-/// Changes, and the point from which a watch goes on that has come so far; within a
-/// transaction, that is still the point before it.
-fn message(changes: Vec<pb::UserChange>, point: &Point) -> Encoded {
-    Encoded::new(&pb::WatchUsersResponse {
-        bookmark: changes.is_empty(),
-        changes,
-        initial_state_end: false,
-        resume_token: point.to_token(),
-    })
+/// A message that leads to a point, and says no more: a sign of life.
+pub fn leading_to(point: &Point) -> pb::WatchUsersResponse {
+    pb::WatchUsersResponse { resume_token: point.to_token(), ..Default::default() }
 }
 
 fn log_from_row(row: &Row) -> Result<Option<Log>, Error> {
@@ -470,7 +466,8 @@ impl Feed {
 fn gather_time(watchers: usize, octets: usize) -> Duration {
     let count = u32::try_from(watchers).unwrap_or(u32::MAX);
     let sending = Duration::from_secs_f64(watchers as f64 * octets as f64 / OCTETS_PER_SECOND);
-    GATHER_TIME + GATHER_TIME_PER_WATCHER * count + sending
+    // Later than that, and the watchers would take the feed for dead.
+    (GATHER_TIME + GATHER_TIME_PER_WATCHER * count + sending).min(BOOKMARK_INTERVAL)
 }
 
 /// The parameters `$1` and `$2` of [`READ`].

@@ -21,7 +21,7 @@
 //! | [`config`] | every setting; the only one that reads the environment |
 //! | [`app`] | wires, starts and stops; what [`server`], [`group`] and [`import`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
-//! | [`codec`], [`service`] | how messages are read; the rpcs, a few lines each |
+//! | [`codec`], [`service`] | how messages are read, and one that is encoded for many; the rpcs, a few lines each |
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation; `arrays`, what those on many users take |
 //! | [`places`] | how many streams of a kind there may be |
@@ -47,7 +47,7 @@
 //!   pool waits for a client.
 //! - What lies between two points in history is delivered to whoever watches: points
 //!   are sets of transactions, not positions in a sequence. A watch costs the process
-//!   no task, no connection, and no buffer of its own.
+//!   no task and no connection to PostgreSQL.
 //! - `pb::User` is the user. There is no other.
 //!
 //! # What is absent on purpose

@@ -2,7 +2,7 @@
 //! all watchers share.
 //!
 //! Nothing happens here unless the client reads: a stream has no task, holds no
-//! connection, and buffers nothing. Who reads too slowly for the rounds finds that some
+//! connection, and at most one batch. Who reads too slowly for the rounds finds that some
 //! are gone, and reads what they had from the log.
 
 use std::{mem, sync::Arc, time::Instant, vec};
@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::{
     codec::Encoded,
     error::Error,
-    feed::{BOOKMARK_INTERVAL, Batch, Feed, MESSAGE_SIZE},
+    feed::{BOOKMARK_INTERVAL, Batch, Feed, MESSAGE_SIZE, leading_to},
     input::Watch,
     pb,
     point::{Point, Rest, Token},
@@ -167,7 +167,8 @@ impl Watcher {
     }
 
     /// The next round, unless it has nothing new, or something is missing before it. Who
-    /// is ahead of the rounds, which happens when they are late, gets bookmarks meanwhile.
+    /// is ahead of the rounds, which happens when they are late, gets signs of life
+    /// meanwhile: no bookmarks, since there may be changes that are not in the rounds yet.
     async fn round(&mut self) -> Result<(), Error> {
         let round = match self.rounds.recv().await {
             Ok(round) => round,
@@ -178,8 +179,10 @@ impl Watcher {
             Err(RecvError::Closed) => return Err(Error::Stopping),
         };
         if self.point.includes(&round.upto) {
-            if round.is_bookmark || self.sent.elapsed() >= BOOKMARK_INTERVAL {
+            if round.is_bookmark {
                 self.send(Batch::bookmark(self.point.clone()));
+            } else if self.sent.elapsed() >= BOOKMARK_INTERVAL {
+                self.messages = vec![Encoded::new(&leading_to(&self.point))].into_iter();
             }
         } else if self.point.includes(&round.from) {
             self.point = round.upto.clone();

@@ -178,7 +178,22 @@ def grpc_server(stack: Stack, url: str, service: Path) -> Iterator[str]:
     variables = {"LISTEN_ADDR": "127.0.0.1:0", "DRAIN_DELAY_MS": "0", **stack.variables}
     with log_file() as log:
         with running(command, log, ready, env=environment(DATABASE_URL=url, **variables)) as found:
+            if not stack.module:
+                wait_until_serving(service, found[1])
             yield found[1]
+
+
+def wait_until_serving(service: Path, addr: str) -> None:
+    """It listens before it is ready: the copy of a database has to be made its own first."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            run([service, "check", "--addr", addr])
+            return
+        except Failed:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 @contextmanager

@@ -462,19 +462,17 @@ async fn who_does_not_read_is_in_nobodys_way_and_catches_up() {
     for other in join_all(others).await {
         assert_eq!(other.unwrap(), USERS);
     }
-    let (mut ids, mut token, mut batch, mut largest_batch) = (HashSet::new(), stalled.token.clone(), 0, 0);
+    let (mut ids, mut has_missed_rounds) = (HashSet::new(), false);
     while ids.len() < USERS {
-        let changes = stalled.message().await.unwrap().changes;
-        batch += changes.len();
-        ids.extend(changes.into_iter().map(|change| change.id));
-        if stalled.token != token {
-            token.clone_from(&stalled.token);
-            largest_batch = largest_batch.max(batch);
-            batch = 0;
-        }
+        let users = stalled.message().await.unwrap().changes.into_iter().filter_map(|change| change.user);
+        let (of_message, rounds): (Vec<_>, HashSet<_>) =
+            users.map(|user| (user.id, user.username.split_once('u').unwrap().0.to_owned())).unzip();
+        ids.extend(of_message);
+        has_missed_rounds |= rounds.len() > 1;
     }
-    // It missed rounds, and read from the log what they had, several at a time.
-    assert!(largest_batch > 3 * USERS_EACH, "{largest_batch}");
+    // What a round had is never in one message with what another had, unless both were
+    // read from the log.
+    assert!(has_missed_rounds);
     created(&mut client, "last").await;
     assert_eq!(stalled.changes(1).await.len(), 1);
     let connections = "select count(*) from pg_stat_activity
@@ -501,6 +499,32 @@ async fn a_large_transaction_comes_in_parts_and_only_the_last_of_them_leads_behi
         }
         let mut behind = Watch::resumed(&mut client, &watch.token).await.unwrap();
         assert!(behind.message().await.unwrap().bookmark);
+    }
+}
+
+#[tokio::test]
+async fn every_message_leads_behind_the_last_transaction_that_is_complete() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let token = Watch::from_now(&mut client).await.token;
+    insert(&database, "small", 3, 31).await;
+    insert(&database, "large", 1, 100).await;
+    let ends = [0, 31, 62, 93, 193];
+    let ids = |changes: Vec<pb::UserChange>| changes.into_iter().map(|change| change.id).collect::<Vec<_>>();
+    let (mut all, mut tokens) = (Vec::new(), Vec::new());
+    let mut watch = Watch::resumed(&mut client, &token).await.unwrap();
+    while all.len() < 193 {
+        all.extend(ids(watch.message().await.unwrap().changes));
+        tokens.push((watch.token.clone(), all.len()));
+    }
+    assert!(tokens.len() > 5, "{tokens:?}");
+    for (token, seen) in tokens {
+        let end = ends.into_iter().rfind(|end| *end <= seen).unwrap();
+        let mut watch = Watch::resumed(&mut client, &token).await.unwrap();
+        match all.len() - end {
+            0 => assert!(watch.message().await.unwrap().bookmark),
+            count => assert_eq!(ids(watch.changes(count).await), all[end..]),
+        }
     }
 }
 
@@ -612,6 +636,7 @@ async fn a_quiet_feed_says_so_now_and_then() {
     assert!(bookmark.bookmark && bookmark.changes.is_empty() && !bookmark.resume_token.is_empty());
     created(&mut client, "alice").await;
     assert_eq!(watch.changes(1).await.len(), 1);
+    assert!(watch.message().await.unwrap().bookmark);
 }
 
 #[tokio::test]
