@@ -31,8 +31,9 @@ use crate::{
 pub struct Watcher {
     feed: Arc<Feed>,
     rounds: Receiver<Arc<Batch>>,
-    /// What the client has been sent, and when.
+    /// What the client has been sent, when it has the messages that are at hand.
     point: Point,
+    /// When it was sent something last.
     sent: Instant,
     /// What is at hand for the client.
     messages: vec::IntoIter<Encoded>,
@@ -51,40 +52,40 @@ enum Next {
     Round,
 }
 
+impl Next {
+    /// There is more in the log behind a batch that is full.
+    fn behind(is_all: bool) -> Self {
+        if is_all { Self::Round } else { Self::Missed }
+    }
+}
+
 impl Watcher {
     /// Begins to watch, unless there are too many or the token cannot be resumed.
     pub async fn start(feed: Arc<Feed>, watch: Watch) -> Result<Self, Error> {
         let place = feed.places.take()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
-        let (batch, rest) = match watch {
-            // A bookmark, so that the client has a token from the first moment on.
-            Watch::FromNow => (Batch::bookmark(feed.now().await?), None),
+        let (point, next, messages) = match watch {
+            Watch::FromNow => {
+                // A bookmark, so that the client has a token from the first moment on.
+                let batch = Batch::bookmark(feed.now().await?);
+                (batch.upto, Next::Round, batch.messages)
+            }
             Watch::InitialState => {
                 let (point, rest) = feed.beginning().await?;
-                (Batch::bookmark(point), Some(rest))
+                (point, Next::Users(rest), Vec::new())
             }
             Watch::Resume(Token { point, initial_state }) => {
                 // This is where it turns out whether the token is good.
                 let batch = feed.read(&point).await?;
-                let batch = if initial_state.is_some() { Batch::bookmark(point) } else { batch };
-                (batch, initial_state)
+                match initial_state {
+                    Some(rest) => (point, Next::Users(rest), Vec::new()),
+                    None => (batch.upto, Next::behind(batch.is_all), batch.messages),
+                }
             }
         };
-        let mut watcher = Self {
-            feed,
-            rounds,
-            point: batch.upto.clone(),
-            sent: Instant::now(),
-            messages: Vec::new().into_iter(),
-            next: Next::Round,
-            _place: place,
-        };
-        match rest {
-            Some(rest) => watcher.next = Next::Users(rest),
-            None => watcher.send(batch),
-        }
-        Ok(watcher)
+        let (sent, messages) = (Instant::now(), messages.into_iter());
+        Ok(Self { feed, rounds, point, sent, messages, next, _place: place })
     }
 
     /// The messages, until the client goes or something fails.
@@ -127,10 +128,10 @@ impl Watcher {
         }
     }
 
-    /// A batch of this watcher's own. There is more if it is full.
+    /// A batch of this watcher's own.
     fn send(&mut self, batch: Batch) {
         self.point = batch.upto;
-        self.next = if batch.is_all { Next::Round } else { Next::Missed };
+        self.next = Next::behind(batch.is_all);
         self.messages = batch.messages.into_iter();
     }
 
