@@ -17,7 +17,11 @@ use user_service::{
     pb::{self, ChangeKind, user_service_client::UserServiceClient},
 };
 
-use crate::{mirror::Mirror, support::*, under_fire::crash};
+use crate::{
+    mirror::Mirror,
+    support::*,
+    under_fire::{crash, start_again},
+};
 
 /// An open watch, and the token of the last message that was read.
 struct Watch {
@@ -612,7 +616,7 @@ async fn a_crash_that_gives_transaction_ids_out_again_hides_no_change() {
         let Ok(bookmark) = watch.message().await else { continue };
         crash(dir.path()).await;
         drop(postgres);
-        postgres = Embedded::start(dir.path()).await.unwrap();
+        postgres = start_again(dir.path()).await;
         if database.count(xid).await <= lost {
             break bookmark.resume_token;
         }
