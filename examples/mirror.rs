@@ -1,4 +1,5 @@
-//! A mirror: an exact copy of all users in memory, which follows every change.
+//! A mirror: an exact copy of all users, or of some, in memory, which follows every
+//! change.
 //!
 //! ```sh
 //! cargo run --example mirror -- http://localhost:50051
@@ -22,8 +23,9 @@ use tonic::{
     Code, Status,
     transport::{Channel, Endpoint},
 };
+use tonic_types::StatusExt;
 use user_service::pb::{
-    ChangeKind, User, WatchUsersRequest, WatchUsersResponse, user_service_client::UserServiceClient,
+    ListUsersFilter, User, WatchUsersRequest, WatchUsersResponse, user_service_client::UserServiceClient,
 };
 
 /// The service sends a bookmark every 5 seconds when nothing changes. Without a sign of
@@ -36,7 +38,9 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
 /// The copy.
 #[derive(Debug, Default)]
 pub struct Mirror {
-    /// By id; soft-deleted ones too, which have a `delete_time`.
+    /// Of which users; `None`: of all. It stays the same.
+    pub filter: Option<ListUsersFilter>,
+    /// By id. Soft-deleted ones have a `delete_time`.
     pub users: HashMap<String, User>,
     /// Whether all users have been there once. Until then, one that is not in the copy
     /// may exist.
@@ -46,16 +50,20 @@ pub struct Mirror {
 }
 
 impl Mirror {
+    /// A copy that is empty yet.
+    pub fn of(filter: Option<ListUsersFilter>) -> Self {
+        Self { filter, ..Self::default() }
+    }
+
     /// Brings the copy to the point behind a message.
     pub fn apply(&mut self, message: WatchUsersResponse) {
         for change in message.changes {
-            let is_erased = matches!(change.kind(), ChangeKind::Expunged | ChangeKind::Purged);
-            match change.user {
-                Some(user) => drop(self.users.insert(change.id, user)),
-                None if is_erased => drop(self.users.remove(&change.id)),
-                // Another change of this user follows.
-                None => {}
+            if let Some(user) = change.user {
+                self.users.insert(change.id, user);
+            } else if change.removed {
+                self.users.remove(&change.id);
             }
+            // Otherwise, another change of this user follows.
         }
         self.is_complete |= message.initial_state_end;
         self.resume_token = message.resume_token;
@@ -71,6 +79,7 @@ impl Mirror {
         let request = WatchUsersRequest {
             resume_token: self.resume_token.clone(),
             send_initial_state: self.resume_token.is_empty(),
+            filter: self.filter.clone(),
         };
         let mut messages = client.watch_users(request).await?.into_inner();
         loop {
@@ -81,8 +90,8 @@ impl Mirror {
         }
     }
 
-    /// Follows the changes for ever, whatever happens.
-    pub async fn run(&mut self, service: &Endpoint, mut applied: impl FnMut(&Self)) -> Infallible {
+    /// Follows the changes whatever happens, unless the filter is wrong.
+    pub async fn run(&mut self, service: &Endpoint, mut applied: impl FnMut(&Self)) -> Status {
         let mut delay = RETRY_DELAY_MIN;
         loop {
             let token_before = self.resume_token.clone();
@@ -93,10 +102,13 @@ impl Mirror {
             if self.resume_token != token_before {
                 delay = RETRY_DELAY_MIN;
             }
-            // The token is of no use any more: it is too old, or of a database that has
-            // been restored, and then the copy may have what never was.
-            if matches!(status.code(), Code::OutOfRange | Code::FailedPrecondition | Code::InvalidArgument) {
-                *self = Self::default();
+            let details = status.get_error_details();
+            if details.error_info().is_some_and(|info| info.reason.starts_with("RESUME_TOKEN_")) {
+                // The token is of no use any more: it is too old, or of a database that has
+                // been restored, and then the copy may have what never was.
+                *self = Self::of(self.filter.take());
+            } else if status.code() == Code::InvalidArgument {
+                return status;
             }
             eprintln!("interrupted: {status}");
             // Not all mirrors at once, when a server has stopped.
@@ -112,5 +124,5 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let service = Endpoint::try_from(address)?.connect_timeout(Duration::from_secs(5));
     let applied =
         |mirror: &Mirror| println!("{} users, complete: {}", mirror.users.len(), mirror.is_complete);
-    match Mirror::default().run(&service, applied).await {}
+    Err(Mirror::default().run(&service, applied).await.into())
 }

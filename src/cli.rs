@@ -7,14 +7,16 @@ use std::{
 };
 
 use anyhow::Context;
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use prost_types::Timestamp;
 use tonic::{
     Status,
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt;
 
-use crate::pb::user_service_client::UserServiceClient;
+use crate::pb::{self, user_service_client::UserServiceClient};
 
 pub mod export;
 pub mod files;
@@ -25,6 +27,40 @@ pub mod watch;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A silent service is asked whether it is still there.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Which users a command is about.
+#[derive(Debug, Args)]
+pub struct Filter {
+    /// Only users whose username starts so.
+    #[arg(long, value_name = "PREFIX")]
+    pub username_prefix: Option<String>,
+
+    /// Only users with this e-mail address.
+    #[arg(long, value_name = "ADDRESS")]
+    pub email: Option<String>,
+
+    /// Only users that were created later, such as 2026-01-31T12:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    pub create_time_after: Option<Timestamp>,
+
+    /// Only users that were created earlier.
+    #[arg(long, value_name = "TIME")]
+    pub create_time_before: Option<Timestamp>,
+}
+
+impl Filter {
+    /// The filter of a request; `None` if nothing was said.
+    fn to_pb(&self, include_deleted: Option<bool>) -> Option<pb::ListUsersFilter> {
+        let filter = pb::ListUsersFilter {
+            username_prefix: self.username_prefix.clone().unwrap_or_default(),
+            email: self.email.clone().unwrap_or_default(),
+            create_time_after: self.create_time_after,
+            create_time_before: self.create_time_before,
+            include_deleted: include_deleted.unwrap_or_default(),
+        };
+        (include_deleted.is_some() || filter != pb::ListUsersFilter::default()).then_some(filter)
+    }
+}
 
 /// A client of the service at `addr`, a host and a port. A connection that breaks
 /// later is made anew by the next call.

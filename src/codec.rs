@@ -87,6 +87,11 @@ impl Encoded {
     pub fn new(message: &impl Message) -> Self {
         Self(message.encode_to_vec().into())
     }
+
+    /// The message that was encoded.
+    pub fn decode<T: Message + Default>(&self) -> Result<T, DecodeError> {
+        T::decode(self.0.clone())
+    }
 }
 
 impl Message for Encoded {

@@ -48,9 +48,9 @@ pub enum Command {
     },
     /// Import users from a file into a running service; exit 1 if a line was refused.
     Import(cli::import::Import),
-    /// Export all users of a running service to a file.
+    /// Export the users of a running service to a file.
     Export(cli::export::Export),
-    /// Print every change of a user as a line of JSON.
+    /// Print every change of users as a line of JSON.
     Watch(cli::watch::Watch),
 }
 

@@ -30,18 +30,20 @@ use crate::{
     config::Config,
     db::{self, Db},
     error::{Access, Error},
+    list,
+    page::Page,
     pb,
     places::Places,
-    point::{self, Change, Log, Point, Rest},
+    point::{self, Change, Log, Point},
     telemetry::describe,
     users::{EXTRA, ID, column, user_columns, user_from_row},
 };
 
 /// Every statement of this file, for preparation.
-pub const STATEMENTS: &[&str] = &[ADOPT, NOW, BEGINNING, PAGE, READ];
+pub const STATEMENTS: &[&str] = &[ADOPT, NOW, READ];
 
-/// Changes that are read at a time, and users of an initial state. The changes of a
-/// transaction are read together, so there can be more.
+/// Changes that are read at a time. Those of a transaction are read together, so there
+/// can be more.
 const BATCH_SIZE: i64 = 500;
 /// Those of them that are sent at a time: few enough for a message to fit into the buffer
 /// that each stream has anyway, 8 KiB, as long as users are not very large.
@@ -148,14 +150,6 @@ pub async fn adopt(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
 
 pub(crate) const NOW: &str = concat!("select * from ", here!());
 
-/// The point, and the last of the users that belong to an initial state.
-const BEGINNING: &str =
-    concat!("select here.*, (select id from users order by id desc limit 1) from ", here!());
-
-/// Users by id.
-const PAGE: &str =
-    concat!("select ", user_columns!(), " from users where id > $1 and id <= $2 order by id limit $3");
-
 /// Where the statement is, in one row, and the changes behind a point, which has seen all
 /// transactions up to `$1` except `$2`: `$3` of them, and those that share a transaction
 /// with the last one. They come in no order, since PostgreSQL would sort whole users.
@@ -233,6 +227,7 @@ impl Batch {
                 id: id.to_string(),
                 revision: column(row, EXTRA + 1)?,
                 user: if is_last && is_there { Some(user_from_row(row)?) } else { None },
+                removed: is_last && !is_there,
             };
             changes.push((Change::new(xid, column(row, EXTRA + 5)?), told));
         }
@@ -344,26 +339,10 @@ impl Feed {
         rows.first().map(point_from_row).transpose()?.flatten().ok_or(Error::DatabaseUnavailable)
     }
 
-    /// The point from which an initial state is the users that are in it now, if there
-    /// are any, and the changes since.
-    pub async fn beginning(&self) -> Result<(Point, Rest), Error> {
-        let rows = self.db.run(Access::Read, BEGINNING, &[]).await?;
-        let row = rows.first().ok_or(Error::DatabaseUnavailable)?;
-        let point = point_from_row(row)?.ok_or(Error::DatabaseUnavailable)?;
-        let until: Option<Uuid> = column(row, BEHIND_POINT)?;
-        Ok((point, Rest { after: Uuid::nil(), until: until.unwrap_or_default() }))
-    }
-
-    /// The next users of an initial state, and what is left then.
-    pub async fn page(&self, rest: Rest) -> Result<(Vec<pb::User>, Option<Rest>), Error> {
+    /// The users of a page of an initial state, and whether it is the last one.
+    pub async fn page(&self, page: &Page) -> Result<(Vec<Row>, bool), Error> {
         let _turn = self.reading.acquire().await;
-        let rows = self.db.run(Access::Read, PAGE, &[&rest.after, &rest.until, &BATCH_SIZE]).await?;
-        let is_last = i64::try_from(rows.len()).is_ok_and(|count| count < BATCH_SIZE);
-        let rest = match rows.last() {
-            Some(row) if !is_last => Some(Rest { after: column(row, ID)?, ..rest }),
-            _ => None,
-        };
-        Ok((rows.iter().map(user_from_row).collect::<Result<_, _>>()?, rest))
+        list::walk(&self.db, page).await
     }
 
     /// The changes behind a point, for somebody who is behind the rounds.

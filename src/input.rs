@@ -17,7 +17,7 @@ use crate::{
     names::{self, Email, KeyRange, Username},
     page::{Key, Order, Page, Position, Selection},
     pb,
-    point::Token,
+    point::{Point, Token},
 };
 
 /// A user to create.
@@ -370,6 +370,18 @@ impl Page {
     }
 }
 
+impl Selection {
+    /// Parses the filter of a stream, whose users come in the order in which an index
+    /// serves it. New users do not make it longer.
+    fn parse(filter: pb::ListUsersFilter) -> Result<Self, Error> {
+        let mut fields = Fields::default();
+        let by_username = !filter.username_prefix.is_empty();
+        let order = if by_username { Order::UsernameAsc } else { Order::CreateTimeDesc };
+        let selection = fields.selection(order, filter);
+        fields.finish(selection)
+    }
+}
+
 /// [`pb::ExportUsersRequest`].
 #[derive(Debug)]
 pub enum Export {
@@ -390,11 +402,7 @@ impl Export {
         if filter == (pb::ListUsersFilter { include_deleted, ..Default::default() }) {
             return Ok(Self::All { include_deleted });
         }
-        let mut fields = Fields::default();
-        let by_username = !filter.username_prefix.is_empty();
-        let order = if by_username { Order::UsernameAsc } else { Order::CreateTimeAsc };
-        let selection = fields.selection(order, filter);
-        fields.finish(selection).map(Self::Filtered)
+        Selection::parse(filter).map(Self::Filtered)
     }
 }
 
@@ -502,31 +510,51 @@ fn failure(position: i32, error: Error) -> pb::ImportFailure {
 
 /// [`pb::WatchUsersRequest`].
 #[derive(Debug)]
-pub enum Watch {
-    /// What happens from now on.
-    FromNow,
-    /// All users, and then what happens.
-    InitialState,
-    /// What came after a token.
-    Resume(Token),
+pub struct Watch {
+    /// Which users; `None`: all.
+    pub filter: Option<Selection>,
+    /// Behind which point; `None`: now.
+    pub point: Option<Point>,
+    /// What comes first of an initial state.
+    pub initial_state: Option<Page>,
 }
+
+/// Users of an initial state that are read at a time.
+const INITIAL_STATE_PAGE_SIZE: usize = 500;
 
 impl Watch {
     /// Parses the request.
-    pub fn parse(request: &pb::WatchUsersRequest) -> Result<Self, Error> {
+    pub fn parse(request: pb::WatchUsersRequest) -> Result<Self, Error> {
+        let all = pb::ListUsersFilter { include_deleted: true, ..Default::default() };
+        let filter = request.filter.filter(|filter| *filter != all).map(Selection::parse).transpose()?;
+        let selection = filter.clone().map_or_else(|| Selection::parse(all), Ok)?;
         match (request.resume_token.as_str(), request.send_initial_state) {
-            ("", false) => Ok(Self::FromNow),
-            ("", true) => Ok(Self::InitialState),
+            ("", false) => Ok(Self { filter, point: None, initial_state: None }),
+            ("", true) => {
+                let initial_state = Some(selection.first_page(INITIAL_STATE_PAGE_SIZE));
+                Ok(Self { filter, point: None, initial_state })
+            }
             (_, true) => {
                 let what = "goes without resume_token: the token says where to go on";
                 Err(Error::invalid("send_initial_state", reason::FIELD_INVALID, what))
             }
-            (token, false) => Token::parse(token).map(Self::Resume).ok_or_else(|| {
-                let what =
-                    "is not a whole token of WatchUsers or ListUsers: begin anew with send_initial_state";
+            (token, false) => Self::resume(token, filter, selection).ok_or_else(|| {
+                let what = "is not a whole token of ListUsers, ExportUsers, or WatchUsers with this filter: \
+                            begin anew with send_initial_state";
                 Error::invalid("resume_token", reason::RESUME_TOKEN_INVALID, what)
             }),
         }
+    }
+
+    fn resume(token: &str, filter: Option<Selection>, selection: Selection) -> Option<Self> {
+        // Those of other rpcs are good for every filter.
+        let of_filter = filter.as_ref().and_then(|filter| filter.open(token));
+        let Token { point, page_token } = Token::parse(of_filter.as_deref().unwrap_or(token))?;
+        let initial_state = match page_token {
+            Some(token) => Some(selection.page_after(&token, INITIAL_STATE_PAGE_SIZE)?),
+            None => None,
+        };
+        Some(Self { filter, point: Some(point), initial_state })
     }
 }
 

@@ -92,21 +92,21 @@ pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> 
         response.watch_token = point_from_row(row)?.map(|point| point.to_token()).unwrap_or_default();
         response.total_size_estimate = column(row, BEHIND_POINT)?;
     }
-    let mut rows = walk(db, page).await?;
-    if rows.len() > page.size {
-        rows.truncate(page.size);
-        if let Some(last) = rows.last() {
-            response.next_page_token = page.token_after(&position(last, page.rest.order)?);
-        }
+    let (rows, is_last) = walk(db, page).await?;
+    if let Some(last) = rows.last().filter(|_| !is_last) {
+        response.next_page_token = page.token_after(&position(last, page.rest.order)?);
     }
     response.users = rows.iter().map(user_from_row).collect::<Result<_, _>>()?;
     Ok(response)
 }
 
-/// The users of the page, and one more if there is one.
-async fn walk(db: &Db, page: &Page) -> Result<Vec<Row>, Error> {
-    let limit = i64::try_from(page.size + 1).ok();
-    db.run(Access::Read, statement(&page.rest), &params(&page.rest, &limit)).await
+/// The users of a page, and whether it is the last one.
+pub(crate) async fn walk(db: &Db, page: &Page) -> Result<(Vec<Row>, bool), Error> {
+    let one_more = i64::try_from(page.size + 1).ok();
+    let mut rows = db.run(Access::Read, statement(&page.rest), &params(&page.rest, &one_more)).await?;
+    let is_last = rows.len() <= page.size;
+    rows.truncate(page.size);
+    Ok((rows, is_last))
 }
 
 /// The walk along a list.
@@ -133,7 +133,7 @@ pub(crate) fn params<'a>(list: &'a Selection, limit: &'a Option<i64>) -> Vec<&'a
 }
 
 /// Where a user stands in the order.
-fn position(row: &Row, order: Order) -> Result<Position, Error> {
+pub(crate) fn position(row: &Row, order: Order) -> Result<Position, Error> {
     let key = match order {
         Order::CreateTimeDesc | Order::CreateTimeAsc => Key::Time(column(row, CREATE_TIME)?),
         Order::UsernameAsc => Key::Username(column(row, EXTRA)?),

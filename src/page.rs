@@ -11,6 +11,11 @@ use sha2::{Digest, Sha256};
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
+use crate::{
+    names::{Email, Username},
+    pb,
+};
+
 /// The order of a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
@@ -23,7 +28,7 @@ pub enum Order {
 }
 
 /// A value of the column that a list is ordered by.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
     /// Of `create_time`.
     Time(SystemTime),
@@ -32,7 +37,7 @@ pub enum Key {
 }
 
 /// A place between two users of an index: key, then id.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position {
     /// The first column.
     pub key: Key,
@@ -76,14 +81,37 @@ impl Selection {
 
     /// The page behind the one that `token` came with; `None` if the token was
     /// not made for this selection.
-    pub fn page_after(mut self, token: &str, size: usize) -> Option<Page> {
-        let seal = self.to_bytes();
-        let position = self.order.position_from_bytes(&open(&seal, token)?)?;
-        match self.order {
-            Order::CreateTimeDesc => self.to = position,
-            Order::CreateTimeAsc | Order::UsernameAsc => self.from = position,
-        }
-        Some(Page { seal, rest: self, size, is_first: false })
+    pub fn page_after(self, token: &str, size: usize) -> Option<Page> {
+        let first = self.first_page(size);
+        let last = first.rest.order.position_from_bytes(&open(&first.seal, token)?)?;
+        Some(first.page_after(last))
+    }
+
+    /// Whether a user belongs to it.
+    pub fn contains(&self, user: &pb::User) -> bool {
+        let key = match self.order {
+            Order::CreateTimeDesc | Order::CreateTimeAsc => {
+                user.create_time.and_then(|time| time.try_into().ok()).map(Key::Time)
+            }
+            Order::UsernameAsc => {
+                Username::parse(&user.username).ok().map(|name| Key::Username(name.key().to_owned()))
+            }
+        };
+        let position = key.zip(Uuid::try_parse(&user.id).ok()).map(|(key, id)| Position { key, id });
+        let has_email = |key: &String| Email::parse(&user.email).is_ok_and(|email| email.key() == key);
+        position.is_some_and(|position| self.from < position && position < self.to)
+            && (self.include_deleted || user.delete_time.is_none())
+            && self.email_key.as_ref().is_none_or(has_email)
+    }
+
+    /// A token that [`Selection::open`] reads if it belongs to the same selection.
+    pub fn seal(&self, token: &str) -> String {
+        seal(&self.to_bytes(), token.as_bytes())
+    }
+
+    /// What [`Selection::seal`] sealed.
+    pub fn open(&self, token: &str) -> Option<String> {
+        String::from_utf8(open(&self.to_bytes(), token)?).ok()
     }
 
     fn to_bytes(&self) -> Vec<u8> {
@@ -105,6 +133,15 @@ impl Page {
     /// The token of the next page, when this one ends with the user at `last`.
     pub fn token_after(&self, last: &Position) -> String {
         seal(&self.seal, &last.to_bytes())
+    }
+
+    /// The next page, when this one ends with the user at `last`.
+    pub fn page_after(mut self, last: Position) -> Self {
+        match self.rest.order {
+            Order::CreateTimeDesc => self.rest.to = last,
+            Order::CreateTimeAsc | Order::UsernameAsc => self.rest.from = last,
+        }
+        Self { is_first: false, ..self }
     }
 }
 

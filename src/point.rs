@@ -7,8 +7,6 @@
 
 use std::time::SystemTime;
 
-use uuid::Uuid;
-
 use crate::{
     error::Error,
     page::{from_micros, open, seal, to_micros},
@@ -110,7 +108,7 @@ impl Point {
 
     /// The token that carries the point.
     pub fn to_token(&self) -> String {
-        Token { point: self.clone(), initial_state: None }.to_text()
+        Token { point: self.clone(), page_token: None }.to_text()
     }
 }
 
@@ -119,17 +117,8 @@ impl Point {
 pub struct Token {
     /// Behind which the changes are.
     pub point: Point,
-    /// What is left of the initial state.
-    pub initial_state: Option<Rest>,
-}
-
-/// The users that are left of an initial state, by id.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rest {
-    /// Only those behind this one.
-    pub after: Uuid,
-    /// This one is the last. Users created later are changes.
-    pub until: Uuid,
+    /// Within an initial state, the token of its next page.
+    pub page_token: Option<String>,
 }
 
 /// What tokens of this kind are sealed with.
@@ -140,9 +129,8 @@ impl Token {
     pub fn to_text(&self) -> String {
         let Point { history, last, unseen } = &self.point;
         let unseen: Vec<String> = unseen.iter().map(u64::to_string).collect();
-        let rest =
-            self.initial_state.map_or_else(String::new, |rest| format!("{} {}", rest.after, rest.until));
-        let text = format!("{history}|{} {}|{}|{rest}", last.xid, last.time_us, unseen.join(" "));
+        let page_token = self.page_token.as_deref().unwrap_or_default();
+        let text = format!("{history}|{} {}|{}|{page_token}", last.xid, last.time_us, unseen.join(" "));
         seal(SEAL, text.as_bytes())
     }
 
@@ -150,21 +138,18 @@ impl Token {
     pub fn parse(text: &str) -> Option<Self> {
         let text = String::from_utf8(open(SEAL, text)?).ok()?;
         let mut parts = text.split('|');
-        let (history, last, unseen, rest) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let (history, last, unseen, page_token) =
+            (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         let (xid, time_us) = last.split_once(' ')?;
         let last = Change { xid: xid.parse().ok()?, time_us: time_us.parse().ok()? };
         from_micros(last.time_us)?;
         // Also when it is forged, it has to be a point.
         let unseen: Vec<u64> = numbers(unseen, ' ')?;
         let is_ascending = unseen.iter().chain([&last.xid]).is_sorted_by(|a, b| a < b);
-        let initial_state = match rest.split_once(' ') {
-            None if rest.is_empty() => None,
-            None => return None,
-            Some((after, until)) => Some(Rest { after: after.parse().ok()?, until: until.parse().ok()? }),
-        };
+        let page_token = Some(page_token.to_owned()).filter(|token| !token.is_empty());
         let is_whole = parts.next().is_none() && last.xid < u64::MAX && is_ascending;
         let point = Point { history: history.to_owned(), last, unseen };
-        is_whole.then_some(Self { point, initial_state })
+        is_whole.then_some(Self { point, page_token })
     }
 }
 
@@ -201,11 +186,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_token_leads_back_to_its_point(last in 1..u64::MAX - 1, xids in some_xids(), rest: Option<(u128, u128)>) {
+        fn a_token_leads_back_to_its_point(last in 1..u64::MAX - 1, xids in some_xids(), page_token in prop::option::of("[0-9A-Za-z_-]{1,80}")) {
             let (mut point, _) = point(LAST_XID, &xids);
             point.last.xid = last.max(LAST_XID);
-            let rest = rest.map(|(a, b)| Rest { after: Uuid::from_u128(a), until: Uuid::from_u128(b) });
-            let token = Token { point, initial_state: rest };
+            let token = Token { point, page_token };
             prop_assert_eq!(Token::parse(&token.to_text()), Some(token));
         }
 

@@ -203,7 +203,7 @@ impl pb::user_service_server::UserService for Users {
     type WatchUsersStream = AnswerStream<Encoded>;
 
     async fn watch_users(&self, request: Request<pb::WatchUsersRequest>) -> Answer<Self::WatchUsersStream> {
-        let watch = Watch::parse(request.get_ref())?;
+        let watch = Watch::parse(request.into_inner())?;
         let watcher = Watcher::start(Arc::clone(&self.feed), watch).await?;
         Ok(Response::new(watcher.into_stream().boxed()))
     }

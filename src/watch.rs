@@ -16,20 +16,24 @@ use tokio::{
     task,
 };
 use tonic::Status;
-use uuid::Uuid;
 
 use crate::{
     codec::Encoded,
     error::Error,
     feed::{BOOKMARK_INTERVAL, Batch, Feed, MESSAGE_SIZE, leading_to},
     input::Watch,
+    list::position,
+    page::{Page, Selection},
     pb,
-    point::{Point, Rest, Token},
+    point::{Point, Token},
+    users::user_from_row,
 };
 
 /// A stream of WatchUsers.
 pub struct Watcher {
     feed: Arc<Feed>,
+    /// Which users it is of; `None`: all.
+    filter: Option<Selection>,
     rounds: Receiver<Arc<Batch>>,
     /// What the client has been sent, when it has the messages that are at hand.
     point: Point,
@@ -45,7 +49,7 @@ pub struct Watcher {
 /// Where the next messages come from.
 enum Next {
     /// Users of the initial state.
-    Users(Rest),
+    Users(Page),
     /// What is in the log behind the point.
     Missed,
     /// A round.
@@ -65,27 +69,18 @@ impl Watcher {
         let place = feed.places.take()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
-        let (point, next, messages) = match watch {
-            Watch::FromNow => {
-                // A bookmark, so that the client has a token from the first moment on.
-                let batch = Batch::bookmark(feed.now().await?);
-                (batch.upto, Next::Round, batch.messages)
-            }
-            Watch::InitialState => {
-                let (point, rest) = feed.beginning().await?;
-                (point, Next::Users(rest), Vec::new())
-            }
-            Watch::Resume(Token { point, initial_state }) => {
-                // This is where it turns out whether the token is good.
-                let batch = feed.read(&point).await?;
-                match initial_state {
-                    Some(rest) => (point, Next::Users(rest), Vec::new()),
-                    None => (batch.upto, Next::behind(batch.is_all), batch.messages),
-                }
-            }
+        let batch = match watch.point {
+            // This is where it turns out whether the token is good.
+            Some(point) => feed.read(&point).await?,
+            // So that the client has a token from the first moment on.
+            None => Batch::bookmark(feed.now().await?),
+        };
+        let (point, next, messages) = match watch.initial_state {
+            Some(page) => (batch.from, Next::Users(page), Vec::new()),
+            None => (batch.upto, Next::behind(batch.is_all), batch.messages),
         };
         let (sent, messages) = (Instant::now(), messages.into_iter());
-        Ok(Self { feed, rounds, point, sent, messages, next, _place: place })
+        Ok(Self { feed, filter: watch.filter, rounds, point, sent, messages, next, _place: place })
     }
 
     /// The messages, until the client goes or something fails.
@@ -109,10 +104,13 @@ impl Watcher {
     async fn message(&mut self) -> Result<Encoded, Error> {
         loop {
             if let Some(message) = self.messages.next() {
-                return Ok(message);
+                return match &self.filter {
+                    Some(filter) => filtered(&message, filter),
+                    None => Ok(message),
+                };
             }
             match mem::replace(&mut self.next, Next::Round) {
-                Next::Users(rest) => self.users(rest).await?,
+                Next::Users(page) => self.users(page).await?,
                 Next::Missed => {
                     // Rounds from now on: those before are in the log.
                     self.rounds = self.feed.rounds();
@@ -137,33 +135,33 @@ impl Watcher {
 
     /// The next users of the initial state. Behind the last ones come the changes that
     /// were made since it began.
-    async fn users(&mut self, rest: Rest) -> Result<(), Error> {
-        let (users, left) = self.feed.page(rest).await?;
-        let to_change = |user: pb::User| pb::UserChange {
-            kind: pb::ChangeKind::Existing.into(),
-            id: user.id.clone(),
-            revision: user.revision,
-            user: Some(user),
+    async fn users(&mut self, mut page: Page) -> Result<(), Error> {
+        let existing = |row| {
+            let user = user_from_row(row)?;
+            let (id, revision) = (user.id.clone(), user.revision);
+            let kind = pb::ChangeKind::Existing.into();
+            Ok(pb::UserChange { kind, id, revision, user: Some(user), removed: false })
         };
-        let (mut users, mut messages) = (users.into_iter().map(to_change).peekable(), Vec::new());
-        loop {
-            let changes: Vec<_> = users.by_ref().take(MESSAGE_SIZE).collect();
-            let is_last = users.peek().is_none();
-            let after = changes.last().and_then(|last| Uuid::try_parse(&last.id).ok());
-            let initial_state =
-                if is_last { left } else { Some(Rest { after: after.unwrap_or(rest.after), ..rest }) };
+        let (rows, is_last) = self.feed.page(&page).await?;
+        let mut messages = Vec::new();
+        for part in rows.chunks(MESSAGE_SIZE) {
+            let [.., last] = part else { continue };
+            let last = position(last, page.rest.order)?;
+            let token = Token { point: self.point.clone(), page_token: Some(page.token_after(&last)) };
             messages.push(Encoded::new(&pb::WatchUsersResponse {
-                changes,
-                bookmark: false,
-                initial_state_end: initial_state.is_none(),
-                resume_token: Token { point: self.point.clone(), initial_state }.to_text(),
+                changes: part.iter().map(existing).collect::<Result<_, Error>>()?,
+                resume_token: token.to_text(),
+                ..Default::default()
             }));
-            if is_last {
-                break;
-            }
+            page = page.page_after(last);
+        }
+        self.next = Next::Users(page);
+        if is_last {
+            let end = pb::WatchUsersResponse { initial_state_end: true, ..leading_to(&self.point) };
+            messages.push(Encoded::new(&end));
+            self.next = Next::Missed;
         }
         self.messages = messages.into_iter();
-        self.next = left.map_or(Next::Missed, Next::Users);
         Ok(())
     }
 
@@ -193,4 +191,17 @@ impl Watcher {
         }
         Ok(())
     }
+}
+
+/// A message as the watch of some users gets it.
+fn filtered(message: &Encoded, filter: &Selection) -> Result<Encoded, Error> {
+    let mut message: pb::WatchUsersResponse = message.decode().map_err(|_| Error::Internal)?;
+    for change in &mut message.changes {
+        if change.user.as_ref().is_some_and(|user| !filter.contains(user)) {
+            change.user = None;
+            change.removed = true;
+        }
+    }
+    message.resume_token = filter.seal(&message.resume_token);
+    Ok(Encoded::new(&message))
 }

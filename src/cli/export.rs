@@ -11,7 +11,7 @@ use tokio::task;
 use tonic::transport::Channel;
 
 use super::{
-    connect, explain,
+    Filter, connect, explain,
     files::{Format, Writer},
     is_standard, progress_bar, say,
 };
@@ -20,8 +20,12 @@ use crate::pb::{self, user_service_client::UserServiceClient};
 /// What `user-service export` is told.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// Where to write all users that are not deleted; `-` for standard output.
+    /// Where to write the users; `-` for standard output.
     pub file: PathBuf,
+
+    /// Which of those that are not deleted.
+    #[command(flatten)]
+    pub filter: Filter,
 
     /// How to write them [default: what the name ends with, .jsonl or .csv]
     #[arg(long)]
@@ -32,35 +36,41 @@ pub struct Export {
     pub addr: Option<String>,
 }
 
-/// Exports all users. A file gets its name when it is complete.
+/// Exports users. A file gets its name when it is complete.
 pub async fn run(args: Export, default_addr: String) -> anyhow::Result<()> {
     let format = Format::of(&args.file, args.format)?;
+    let request = pb::ExportUsersRequest { filter: args.filter.to_pb(None) };
     let mut client = connect(args.addr.as_ref().unwrap_or(&default_addr)).await?;
     if is_standard(&args.file) {
-        write(&mut client, format, io::stdout()).await?.flush().context("cannot write")?;
+        write(&mut client, request, format, io::stdout()).await?.flush().context("cannot write")?;
         return Ok(());
     }
-    to_file(&mut client, format, &args.file).await
+    to_file(&mut client, request, format, &args.file).await
 }
 
-async fn to_file(client: &mut UserServiceClient<Channel>, format: Format, path: &Path) -> anyhow::Result<()> {
+async fn to_file(
+    client: &mut UserServiceClient<Channel>,
+    request: pb::ExportUsersRequest,
+    format: Format,
+    path: &Path,
+) -> anyhow::Result<()> {
     let cannot_write = || format!("cannot write {}", path.display());
     // Beside it, under a name that nobody else has, and for nobody else to read.
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let file = tempfile::Builder::new().suffix(".part").tempfile_in(dir).with_context(cannot_write)?;
-    let file = write(client, format, file).await?;
+    let file = write(client, request, format, file).await?;
     file.as_file().sync_all().with_context(cannot_write)?;
     file.persist(path).map(drop).with_context(cannot_write)
 }
 
-/// Writes all users to a file, and gives it back.
+/// Writes users to a file, and gives it back.
 async fn write<W: Write + Send + 'static>(
     client: &mut UserServiceClient<Channel>,
+    request: pb::ExportUsersRequest,
     format: Format,
     file: W,
 ) -> anyhow::Result<W> {
     let failed = |status: tonic::Status| anyhow::anyhow!("{}", explain(&status));
-    let request = pb::ExportUsersRequest::default();
     let mut parts = client.export_users(request).await.map_err(failed)?.into_inner();
     let mut writer = Writer::new(format, file)?;
     let bar = progress_bar(None, "{spinner} {human_pos} users {per_sec}");

@@ -36,9 +36,15 @@ pub struct Watch {
     /// Go on behind the token in this file, if there is one, and keep the token there.
     #[arg(long)]
     pub resume_file: Option<PathBuf>,
-    /// Without a token: print all users first.
+    /// Without a token: print the users first.
     #[arg(long)]
     pub send_initial_state: bool,
+    /// Which users.
+    #[command(flatten)]
+    pub filter: cli::Filter,
+    /// Whether soft-deleted ones belong to them [default: true, unless there are other conditions].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub include_deleted: Option<bool>,
 }
 
 /// Prints changes until SIGINT or SIGTERM, or until nobody reads them any more.
@@ -98,6 +104,7 @@ async fn follow(addr: &str, watch: &Watch, token: &mut String) -> anyhow::Result
     let request = pb::WatchUsersRequest {
         resume_token: token.clone(),
         send_initial_state: watch.send_initial_state && token.is_empty(),
+        filter: watch.filter.to_pb(watch.include_deleted),
     };
     let mut messages = client.watch_users(request).await?.into_inner();
     while let Some(message) = time::timeout(SILENCE, messages.message()).await?? {
@@ -146,6 +153,9 @@ fn change_to_json(change: &pb::UserChange) -> Value {
     json.insert("revision".into(), change.revision.to_string().into());
     if let Some(user) = &change.user {
         json.insert("user".into(), user_to_json(user));
+    }
+    if change.removed {
+        json.insert("removed".into(), true.into());
     }
     json.into()
 }

@@ -414,6 +414,36 @@ async fn an_export_to_standard_output_can_be_imported_from_standard_input() {
 }
 
 #[tokio::test]
+async fn an_export_can_be_of_some_users() {
+    let (server, _database) = server().await;
+    let mut client = server.client().await;
+    let mut users = Vec::new();
+    for name in ["ann", "bob", "carol"] {
+        users.push(created(&mut client, name).await);
+    }
+    client.delete_user(delete(&users[2].id)).await.unwrap();
+    let time = |n: usize| users[n].create_time.unwrap().to_string();
+    for (flag, value, expected) in [
+        ("--username-prefix", format!("{SECRET}a"), vec!["ann"]),
+        ("--email", users[1].email.clone(), vec!["bob"]),
+        ("--create-time-after", time(0), vec!["bob"]),
+        ("--create-time-before", time(2), vec!["ann", "bob"]),
+    ] {
+        let output = run(&server.addr, &["export", "-", "--format", "jsonl", flag, &value]).await;
+        let mut names: Vec<_> = std::str::from_utf8(&output.stdout)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["username"].clone())
+            .collect();
+        names.sort_by_key(ToString::to_string);
+        let expected: Vec<_> = expected.into_iter().map(|name| user(name).username).collect();
+        assert_eq!(names, expected, "{flag}");
+    }
+    let output = run(&server.addr, &["export", "-", "--format", "jsonl", "--email", "nonsense"]).await;
+    assert!(said(output, false).contains("filter.email"));
+}
+
+#[tokio::test]
 async fn an_export_that_breaks_off_leaves_no_file_and_the_old_one_as_it_was() {
     let database = Database::migrated().await;
     let sql = "insert into users (id, username, username_key, username_held, email, email_key, display_name,

@@ -40,3 +40,4 @@ mod support;
 mod under_fire;
 mod update;
 mod watch;
+mod watch_filters;

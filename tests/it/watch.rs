@@ -24,13 +24,13 @@ use crate::{
 };
 
 /// An open watch, and the token of the last message that was read.
-struct Watch {
+pub struct Watch {
     messages: Streaming<pb::WatchUsersResponse>,
-    token: String,
+    pub token: String,
 }
 
 impl Watch {
-    async fn open(
+    pub async fn open(
         client: &mut UserServiceClient<Channel>,
         request: pb::WatchUsersRequest,
     ) -> Result<Self, Status> {
@@ -50,7 +50,7 @@ impl Watch {
         Self::open(client, from_token(token)).await
     }
 
-    async fn message(&mut self) -> Result<pb::WatchUsersResponse, Status> {
+    pub async fn message(&mut self) -> Result<pb::WatchUsersResponse, Status> {
         let message = tokio::time::timeout(Duration::from_secs(60), self.messages.message()).await.unwrap();
         let message = message?.expect("a stream ends with a status");
         self.token.clone_from(&message.resume_token);
@@ -58,7 +58,7 @@ impl Watch {
     }
 
     /// The next changes, `count` of them.
-    async fn changes(&mut self, count: usize) -> Vec<pb::UserChange> {
+    pub async fn changes(&mut self, count: usize) -> Vec<pb::UserChange> {
         let mut changes = Vec::new();
         while changes.len() < count {
             changes.extend(self.message().await.unwrap().changes);
@@ -77,11 +77,11 @@ impl Watch {
     }
 }
 
-fn from_token(token: &str) -> pb::WatchUsersRequest {
+pub fn from_token(token: &str) -> pb::WatchUsersRequest {
     pb::WatchUsersRequest { resume_token: token.into(), ..Default::default() }
 }
 
-fn initial_state() -> pb::WatchUsersRequest {
+pub fn initial_state() -> pb::WatchUsersRequest {
     pb::WatchUsersRequest { send_initial_state: true, ..Default::default() }
 }
 
@@ -228,9 +228,21 @@ async fn every_way_of_changing_a_user_appears_once_and_nothing_that_did_not_happ
 
 #[tokio::test]
 async fn an_initial_state_and_the_changes_after_it_are_the_table_wherever_they_are_interrupted() {
+    let by_username = pb::ListUsersFilter { username_prefix: "user".into(), ..Default::default() };
+    for (filter, is_meant) in [
+        (None, (|_| true) as fn(&pb::User) -> bool),
+        (Some(pb::ListUsersFilter::default()), |user| user.delete_time.is_none()),
+        (Some(by_username), |user| user.delete_time.is_none() && user.username.starts_with("user")),
+    ] {
+        interrupted_everywhere(filter, is_meant).await;
+    }
+}
+
+async fn interrupted_everywhere(filter: Option<pb::ListUsersFilter>, is_meant: impl Fn(&pb::User) -> bool) {
     let (server, database) = server().await;
     let mut client = server.client().await;
-    let empty = Watch::open(&mut client, initial_state()).await.unwrap().message().await.unwrap();
+    let beginning = pb::WatchUsersRequest { filter: filter.clone(), ..initial_state() };
+    let empty = Watch::open(&mut client, beginning.clone()).await.unwrap().message().await.unwrap();
     assert!(empty.initial_state_end && empty.changes.is_empty());
 
     insert(&database, "user", 13, 100).await;
@@ -242,25 +254,25 @@ async fn an_initial_state_and_the_changes_after_it_are_the_table_wherever_they_a
     let victims: Vec<String> = table(&mut client).await.into_keys().take(200).collect();
     let mut mirror = Mirror::default();
     let mut interruptions = 0;
-    let mut tokens = Vec::new();
     while !mirror.is_complete {
         // A stream for each message.
         let request = match mirror.resume_token.as_str() {
-            "" => initial_state(),
-            token => from_token(token),
+            "" => beginning.clone(),
+            token => pb::WatchUsersRequest { filter: filter.clone(), ..from_token(token) },
         };
         let message = Watch::open(&mut client, request).await.unwrap().message().await.unwrap();
         assert!(message.changes.iter().all(|change| change.kind() == ChangeKind::Existing));
         mirror.apply(message);
-        tokens.push(mirror.resume_token.clone());
         client.update_user(rename(&victims[interruptions], "Renamed")).await.ok();
         client.expunge_user(expunge(&victims[interruptions + 100])).await.unwrap();
         created(&mut client, &format!("late{interruptions}")).await;
         interruptions += 1;
     }
     assert!(interruptions > 2);
-    let table = table(&mut client).await;
-    let mut watch = Watch::resumed(&mut client, &mirror.resume_token).await.unwrap();
+    let mut table = table(&mut client).await;
+    table.retain(|_, user| is_meant(user));
+    let request = pb::WatchUsersRequest { filter, ..from_token(&mirror.resume_token) };
+    let mut watch = Watch::open(&mut client, request).await.unwrap();
     while mirror.users != table {
         mirror.apply(watch.message().await.unwrap());
     }
@@ -554,7 +566,9 @@ async fn a_user_that_was_erased_and_made_again_is_there_in_whatever_order_the_tr
     let id = created(&mut client, "alice").await.id;
     let mut watch = Watch::open(&mut client, initial_state()).await.unwrap();
     let mut mirror = Mirror::default();
-    mirror.apply(watch.message().await.unwrap());
+    while !mirror.is_complete {
+        mirror.apply(watch.message().await.unwrap());
+    }
     // The transaction that makes it again has the lower number, and so comes first.
     let again = database.connect().await;
     again.batch_execute("begin; select pg_current_xact_id()").await.unwrap();
@@ -730,11 +744,36 @@ async fn watch_prints_changes_as_json_lines_and_goes_on_where_it_was() {
     if line["kind"] == "CHANGE_KIND_UPDATED" {
         line = printed.next();
     }
-    assert_eq!(line, serde_json::json!({"kind": "CHANGE_KIND_EXPUNGED", "id": alice.id, "revision": "3"}));
+    assert_eq!(
+        line,
+        serde_json::json!({"kind": "CHANGE_KIND_EXPUNGED", "id": alice.id, "revision": "3", "removed": true})
+    );
     drop(server);
     // It waits for the service to come back.
     assert!(printed.child.try_wait().unwrap().is_none());
     printed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watch_can_be_of_some_users() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let (ann, bob) = (created(&mut client, "ann").await, created(&mut client, "bob").await);
+    let mut of_ann = Printed::start(&server, &["--send-initial-state", "--username-prefix", &ann.username]);
+    assert_eq!(of_ann.next()["id"], ann.id);
+    assert_eq!(of_ann.next()["initialStateEnd"], true);
+    let mut of_live = Printed::start(&server, &["--send-initial-state", "--include-deleted", "false"]);
+    assert_eq!(of_live.next()["id"], bob.id);
+    assert_eq!(of_live.next()["id"], ann.id);
+    assert_eq!(of_live.next()["initialStateEnd"], true);
+    client.delete_user(delete(&bob.id)).await.unwrap();
+    for printed in [&mut of_ann, &mut of_live] {
+        let line = printed.next();
+        assert_eq!((&line["id"], &line["removed"]), (&bob.id.clone().into(), &true.into()));
+        assert_eq!(line["user"], serde_json::Value::Null);
+    }
+    of_ann.stop().await;
+    of_live.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
