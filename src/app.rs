@@ -125,6 +125,7 @@ async fn keep_database(
         db.warm(),
         db.retire_connections(),
         purge::run(&db, &config),
+        feed::keep_adopted(&db, &postgres),
     );
     Ok(())
 }

@@ -66,6 +66,8 @@ const POLL_MIN: Duration = Duration::from_millis(10);
 const POLL_MAX: Duration = Duration::from_millis(100);
 /// Without changes, watchers hear this often that there were none.
 pub const BOOKMARK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often to look whether the log is still this database's own.
+const ADOPTION_INTERVAL: Duration = Duration::from_secs(5);
 /// How long PostgreSQL may take to answer the reader.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the reader waits before it connects again.
@@ -148,6 +150,17 @@ pub async fn adopt(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Adopts the log again when another database has been restored under the service.
+pub async fn keep_adopted(db: &Db, postgres: &tokio_postgres::Config) {
+    loop {
+        time::sleep(ADOPTION_INTERVAL).await;
+        let is_foreign = db.run(Access::Read, NOW, &[]).await.is_ok_and(|rows| rows.is_empty());
+        if is_foreign && let Err(error) = adopt(postgres).await {
+            tracing::warn!(error = describe(error.as_ref()), "the change log is of another database");
+        }
+    }
+}
+
 pub(crate) const NOW: &str = concat!("select * from ", here!());
 
 /// Where the statement is, in one row, and the changes behind a point, which has seen all
@@ -201,6 +214,12 @@ impl Batch {
         let message = pb::WatchUsersResponse { bookmark: true, ..leading_to(&point) };
         let messages = vec![Encoded::new(&message)];
         Self { from: point.clone(), upto: point, is_bookmark: true, is_all: true, messages }
+    }
+
+    /// A round that goes on from nobody's point: who gets it looks into the log, and finds
+    /// out whether that goes on.
+    fn of_no_history() -> Self {
+        Self::bookmark(Point::now(String::new(), &[], Change { xid: 0, time_us: 0 }))
     }
 
     fn from_rows(from: &Point, rows: &[Row]) -> Result<Self, Error> {
@@ -404,8 +423,8 @@ impl Feed {
             let batch = match reader.read(from).await? {
                 Ok(batch) => batch,
                 Err(error) => {
-                    // Watchers will see that something is missing, and whether they can read it.
                     *published = None;
+                    let _ = self.rounds.send(Arc::new(Batch::of_no_history()));
                     anyhow::bail!("the change log does not go on: {error:?}");
                 }
             };

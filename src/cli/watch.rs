@@ -8,6 +8,7 @@ use std::{
     fs, io,
     io::Write,
     path::{Path, PathBuf},
+    process,
     time::Duration,
 };
 
@@ -51,13 +52,14 @@ pub struct Watch {
 pub async fn run(watch: Watch, default_addr: String) -> anyhow::Result<()> {
     let addr = watch.addr.clone().unwrap_or(default_addr);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        printed = print_changes(&addr, &watch) => match printed {
-            Err(error) if is_broken_pipe(&error) => Ok(()),
-            printed => printed,
-        },
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+    // By itself, and at once: whoever reads what is printed can keep it waiting for ever.
+    tokio::spawn(async move {
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        process::exit(0);
+    });
+    match print_changes(&addr, &watch).await {
+        Err(error) if is_broken_pipe(&error) => Ok(()),
+        printed => printed,
     }
 }
 

@@ -426,19 +426,31 @@ async fn the_log_of_a_dump_that_was_restored_hides_nothing() {
     let database = Database::migrated().await;
     let admin = database.connect().await;
     // It has the transaction ids of another cluster.
-    admin
-        .batch_execute(
-            "update user_feed set origin = 'another', purged_xid = '9000000', purged_time = now();
-            insert into user_changes (xid, user_id, revision, kind) values ('9999999', gen_random_uuid(), 1, 1)",
-        )
-        .await
-        .unwrap();
+    let foreign_log = "update user_feed set origin = 'another', purged_xid = '9000000', purged_time = now();
+        insert into user_changes (xid, user_id, revision, kind) values ('9999999', gen_random_uuid(), 1, 1)";
+    admin.batch_execute(foreign_log).await.unwrap();
     let server = Server::start(&database, &[]).await;
     let mut client = server.client().await;
     let mut watch = Watch::from_now(&mut client).await;
     let id = created(&mut client, "alice").await.id;
     assert_eq!(watch.changes(1).await[0].id, id);
     assert_eq!(database.count("select count(*) from user_changes").await, 1);
+
+    // It is restored once more, under the running service.
+    admin.batch_execute(foreign_log).await.unwrap();
+    let status = watch.end().await;
+    assert!([Code::Unavailable, Code::FailedPrecondition].contains(&status.code()), "{status:?}");
+    let from_now = async || Watch::open(&mut client.clone(), from_token("")).await.ok();
+    let mut anew = eventually("the log is this database's own again", from_now).await;
+    let token = std::mem::take(&mut watch.token);
+    assert_refused(
+        Watch::resumed(&mut client, &token).await.map(drop),
+        Code::FailedPrecondition,
+        "RESUME_TOKEN_FOREIGN",
+    );
+    assert!(anew.message().await.unwrap().bookmark);
+    let id = created(&mut client, "bob").await.id;
+    assert_eq!(anew.changes(1).await[0].id, id);
 }
 
 #[tokio::test]
@@ -751,6 +763,21 @@ async fn watch_prints_changes_as_json_lines_and_goes_on_where_it_was() {
     drop(server);
     // It waits for the service to come back.
     assert!(printed.child.try_wait().unwrap().is_none());
+    printed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watch_can_be_interrupted_while_nobody_takes_what_it_prints() {
+    let (server, database) = server().await;
+    insert(&database, "user", 1, 1_000).await;
+    let printed = Printed::start(&server, &["--send-initial-state"]);
+    let pid = printed.child.id();
+    eventually("the pipe is full", async || {
+        let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
+        let written = io.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap();
+        (written.parse::<u64>().unwrap() > 55_000).then_some(())
+    })
+    .await;
     printed.stop().await;
 }
 
