@@ -221,53 +221,81 @@ impl Batch {
     fn of_no_history() -> Self {
         Self::bookmark(Point::now(String::new(), &[], Change { xid: 0, time_us: 0 }))
     }
+}
 
-    fn from_rows(from: &Point, rows: &[Row]) -> Result<Self, Error> {
-        let (mut log, mut behind) = (None, Vec::with_capacity(rows.len()));
+/// What a statement has read of the log behind a point.
+pub struct Behind {
+    from: Point,
+    log: Log,
+    /// The changes, in the order of their transactions.
+    changes: Vec<(Change, Row)>,
+    /// As that of a [`Batch`].
+    pub upto: Point,
+    /// As that of a [`Batch`].
+    pub is_all: bool,
+}
+
+impl Behind {
+    fn from_rows(from: Point, rows: Vec<Row>) -> Result<Self, Error> {
+        let (mut log, mut changes) = (None, Vec::with_capacity(rows.len()));
         for row in rows {
-            match column::<Option<i64>>(row, EXTRA + 4)? {
-                Some(seq) => behind.push((xid(row, EXTRA + 3)?, seq, row)),
-                None => log = log_from_row(row)?,
+            match column::<Option<i64>>(&row, EXTRA + 4)? {
+                Some(seq) => {
+                    let change = Change::new(xid(&row, EXTRA + 3)?, column(&row, EXTRA + 5)?);
+                    changes.push((change, seq, row));
+                }
+                None => log = log_from_row(&row)?,
             }
         }
         // No such row: the log is not this database's. No history: a standby.
         let log = log.ok_or(Error::DatabaseUnavailable)?;
         from.check(&log)?;
-        behind.sort_unstable_by_key(|(xid, seq, _)| (*xid, *seq));
-        let is_all = i64::try_from(behind.len()).is_ok_and(|count| count < BATCH_SIZE);
-        let mut changes = Vec::with_capacity(behind.len());
-        let mut users_told = HashSet::with_capacity(behind.len());
-        for (xid, _, row) in behind.into_iter().rev() {
-            let id: Uuid = column(row, EXTRA)?;
-            let is_there = column::<Option<Uuid>>(row, ID)?.is_some();
-            let is_last = users_told.insert(id);
-            let told = pb::UserChange {
-                kind: i32::from(column::<i16>(row, EXTRA + 2)?),
-                id: id.to_string(),
-                revision: column(row, EXTRA + 1)?,
-                user: if is_last && is_there { Some(user_from_row(row)?) } else { None },
-                removed: is_last && !is_there,
-            };
-            changes.push((Change::new(xid, column(row, EXTRA + 5)?), told));
-        }
-        if changes.is_empty() {
-            return Ok(Self { from: from.clone(), ..Self::bookmark(from.after(&log, None, true)) });
-        }
-        // The last change came first.
-        let (mut upto, mut messages) = (from.clone(), Vec::new());
-        while !changes.is_empty() {
-            let part = changes.split_off(changes.len().saturating_sub(MESSAGE_SIZE));
-            // Behind the last transaction that does not go on in the next part.
-            let next = changes.last().map(|(change, _)| change.xid);
-            let complete = part.iter().map(|(change, _)| *change).find(|change| Some(change.xid) != next);
-            if complete.is_some() {
-                upto = from.after(&log, complete, is_all && changes.is_empty());
-            }
-            let told = part.into_iter().rev().map(|(_, told)| told).collect();
-            messages.push(Encoded::new(&pb::WatchUsersResponse { changes: told, ..leading_to(&upto) }));
-        }
-        Ok(Self { from: from.clone(), upto, is_bookmark: false, is_all, messages })
+        changes.sort_unstable_by_key(|(change, seq, _)| (change.xid, *seq));
+        let changes: Vec<_> = changes.into_iter().map(|(change, _, row)| (change, row)).collect();
+        let is_all = i64::try_from(changes.len()).is_ok_and(|count| count < BATCH_SIZE);
+        let upto = from.after(&log, changes.last().map(|(last, _)| *last), is_all);
+        Ok(Self { from, log, changes, upto, is_all })
     }
+
+    /// The same as messages.
+    pub fn into_batch(self) -> Result<Batch, Error> {
+        let Self { from, log, changes, upto, is_all } = self;
+        if changes.is_empty() {
+            return Ok(Batch { from, ..Batch::bookmark(upto) });
+        }
+        let mut users_told = HashSet::with_capacity(changes.len());
+        let mut is_last = Vec::with_capacity(changes.len());
+        for (_, row) in changes.iter().rev() {
+            is_last.push(users_told.insert(column::<Uuid>(row, EXTRA)?));
+        }
+        let mut messages = Vec::with_capacity(changes.len().div_ceil(MESSAGE_SIZE));
+        let mut reached = from.clone();
+        let mut parts = changes.chunks(MESSAGE_SIZE).peekable();
+        while let Some(part) = parts.next() {
+            // Behind the last transaction that does not go on in the next part.
+            let next = parts.peek().and_then(|next| next.first()).map(|(change, _)| change.xid);
+            let complete = part.iter().map(|(change, _)| *change).rfind(|change| Some(change.xid) != next);
+            if complete.is_some() {
+                reached = from.after(&log, complete, is_all && next.is_none());
+            }
+            let told = part.iter().map(|(_, row)| change_from_row(row, is_last.pop() == Some(true)));
+            let changes = told.collect::<Result<_, Error>>()?;
+            messages.push(Encoded::new(&pb::WatchUsersResponse { changes, ..leading_to(&reached) }));
+        }
+        Ok(Batch { from, upto, is_bookmark: false, is_all, messages })
+    }
+}
+
+/// A change, with what has become of the user if it is the last one of this user.
+fn change_from_row(row: &Row, is_last: bool) -> Result<pb::UserChange, Error> {
+    let is_there = column::<Option<Uuid>>(row, ID)?.is_some();
+    Ok(pb::UserChange {
+        kind: i32::from(column::<i16>(row, EXTRA + 2)?),
+        id: column::<Uuid>(row, EXTRA)?.to_string(),
+        revision: column(row, EXTRA + 1)?,
+        user: if is_last && is_there { Some(user_from_row(row)?) } else { None },
+        removed: is_last && !is_there,
+    })
 }
 
 /// A message that leads to a point, and says no more: a sign of life.
@@ -365,11 +393,11 @@ impl Feed {
     }
 
     /// The changes behind a point, for somebody who is behind the rounds.
-    pub async fn read(&self, from: &Point) -> Result<Batch, Error> {
+    pub async fn read(&self, from: Point) -> Result<Behind, Error> {
         let _turn = self.reading.acquire().await;
-        let (last, unseen) = parameters(from);
+        let (last, unseen) = parameters(&from);
         let rows = self.db.run(Access::Read, READ, &[&last, &unseen, &BATCH_SIZE]).await?;
-        Batch::from_rows(from, &rows)
+        Behind::from_rows(from, rows)
     }
 
     /// Publishes rounds while somebody watches, for ever. Those who watch stay when the
@@ -491,6 +519,6 @@ impl Reader<'_> {
         let (last, unseen) = parameters(from);
         let params: db::Params<'_> = &[&last, &unseen, &BATCH_SIZE];
         let rows = time::timeout(READ_TIMEOUT, self.client.query(&self.read, params)).await??;
-        Ok(Batch::from_rows(from, &rows))
+        Ok(Behind::from_rows(from.clone(), rows).and_then(Behind::into_batch))
     }
 }

@@ -46,8 +46,8 @@
 //! - A stream goes at its client's pace: memory is bounded, and no connection of the
 //!   pool waits for a client.
 //! - What lies between two points in history is delivered to whoever watches: points
-//!   are sets of transactions, not positions in a sequence. A watch costs the process
-//!   no task and no connection to PostgreSQL.
+//!   are sets of transactions, not positions in a sequence. A watch that keeps up costs
+//!   the process no task and no connection to PostgreSQL.
 //! - `pb::User` is the user. There is no other.
 //!
 //! # What is absent on purpose

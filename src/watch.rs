@@ -1,9 +1,10 @@
 //! One stream of WatchUsers: an initial state, what was missed, and then the rounds that
 //! all watchers share.
 //!
-//! Nothing happens here unless the client reads: a stream has no task, holds no
-//! connection, and at most one batch. Who reads too slowly for the rounds finds that some
-//! are gone, and reads what they had from the log.
+//! Nothing happens here unless the client reads: a stream has no task and holds no
+//! connection. Who reads too slowly for the rounds finds that some are gone, and reads
+//! what they had from the log. While the client takes one batch of that, the next one is
+//! read, and never more than that one.
 
 use std::{mem, sync::Arc, time::Instant, vec};
 
@@ -13,14 +14,14 @@ use tokio::{
         OwnedSemaphorePermit,
         broadcast::{Receiver, error::RecvError},
     },
-    task,
+    task::{self, JoinSet},
 };
 use tonic::Status;
 
 use crate::{
     codec::Encoded,
     error::Error,
-    feed::{BOOKMARK_INTERVAL, Batch, Feed, MESSAGE_SIZE, leading_to},
+    feed::{BOOKMARK_INTERVAL, Batch, Behind, Feed, MESSAGE_SIZE, leading_to},
     input::Watch,
     list::position,
     page::{Page, Selection},
@@ -50,17 +51,10 @@ pub struct Watcher {
 enum Next {
     /// Users of the initial state.
     Users(Page),
-    /// What is in the log behind the point.
-    Missed,
+    /// What is in the log behind the point: a task that reads it.
+    Missed(JoinSet<Result<Behind, Error>>),
     /// A round.
     Round,
-}
-
-impl Next {
-    /// There is more in the log behind a batch that is full.
-    fn behind(is_all: bool) -> Self {
-        if is_all { Self::Round } else { Self::Missed }
-    }
 }
 
 impl Watcher {
@@ -69,18 +63,26 @@ impl Watcher {
         let place = feed.places.take()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
-        let batch = match watch.point {
+        let (point, behind) = match watch.point {
             // This is where it turns out whether the token is good.
-            Some(point) => feed.read(&point).await?,
-            // So that the client has a token from the first moment on.
-            None => Batch::bookmark(feed.now().await?),
+            Some(point) => (point.clone(), Some(feed.read(point).await?)),
+            None => (feed.now().await?, None),
         };
-        let (point, next, messages) = match watch.initial_state {
-            Some(page) => (batch.from, Next::Users(page), Vec::new()),
-            None => (batch.upto, Next::behind(batch.is_all), batch.messages),
-        };
-        let (sent, messages) = (Instant::now(), messages.into_iter());
-        Ok(Self { feed, filter: watch.filter, rounds, point, sent, messages, next, _place: place })
+        let (sent, messages) = (Instant::now(), Vec::new().into_iter());
+        let (filter, next) = (watch.filter, Next::Round);
+        let mut watcher = Self { feed, filter, rounds, point, sent, messages, next, _place: place };
+        if let Some(page) = watch.initial_state {
+            watcher.next = Next::Users(page);
+        } else {
+            if let Some(behind) = behind {
+                watcher.send(behind).await?;
+            }
+            if watcher.messages.as_slice().is_empty() {
+                // So that the client has a token from the first moment on.
+                watcher.send_bookmark();
+            }
+        }
+        Ok(watcher)
     }
 
     /// The messages, until the client goes or something fails.
@@ -111,26 +113,42 @@ impl Watcher {
             }
             match mem::replace(&mut self.next, Next::Round) {
                 Next::Users(page) => self.users(page).await?,
-                Next::Missed => {
-                    // Rounds from now on: those before are in the log.
-                    self.rounds = self.feed.rounds();
-                    let batch = self.feed.read(&self.point).await?;
-                    if batch.is_bookmark {
-                        self.point = batch.upto;
-                    } else {
-                        self.send(batch);
-                    }
+                Next::Missed(mut reading) => {
+                    let behind = reading.join_next().await.ok_or(Error::Internal)?;
+                    let behind = behind.map_err(|_| Error::Internal)??;
+                    self.send(behind).await?;
                 }
                 Next::Round => self.round().await?,
             }
         }
     }
 
-    /// A batch of this watcher's own.
-    fn send(&mut self, batch: Batch) {
-        self.point = batch.upto;
-        self.next = Next::behind(batch.is_all);
-        self.messages = batch.messages.into_iter();
+    fn send_bookmark(&mut self) {
+        self.messages = Batch::bookmark(self.point.clone()).messages.into_iter();
+    }
+
+    /// Sends what was read behind the point, if that is anything, while what comes then is
+    /// read.
+    async fn send(&mut self, behind: Behind) -> Result<(), Error> {
+        self.point.clone_from(&behind.upto);
+        self.next = if behind.is_all { Next::Round } else { self.missed() };
+        // That task would wait for this one, and PostgreSQL with it.
+        task::yield_now().await;
+        let batch = behind.into_batch()?;
+        if !batch.is_bookmark {
+            self.messages = batch.messages.into_iter();
+        }
+        Ok(())
+    }
+
+    /// Begins to read what is in the log behind the point.
+    fn missed(&mut self) -> Next {
+        // Rounds from now on: those before are in the log.
+        self.rounds = self.feed.rounds();
+        let (feed, point) = (Arc::clone(&self.feed), self.point.clone());
+        let mut reading = JoinSet::new();
+        reading.spawn(async move { feed.read(point).await });
+        Next::Missed(reading)
     }
 
     /// The next users of the initial state. Behind the last ones come the changes that
@@ -159,7 +177,7 @@ impl Watcher {
         if is_last {
             let end = pb::WatchUsersResponse { initial_state_end: true, ..leading_to(&self.point) };
             messages.push(Encoded::new(&end));
-            self.next = Next::Missed;
+            self.next = self.missed();
         }
         self.messages = messages.into_iter();
         Ok(())
@@ -172,14 +190,14 @@ impl Watcher {
         let round = match self.rounds.recv().await {
             Ok(round) => round,
             Err(RecvError::Lagged(_)) => {
-                self.next = Next::Missed;
+                self.next = self.missed();
                 return Ok(());
             }
             Err(RecvError::Closed) => return Err(Error::Stopping),
         };
         if self.point.includes(&round.upto) {
             if round.is_bookmark {
-                self.send(Batch::bookmark(self.point.clone()));
+                self.send_bookmark();
             } else if self.sent.elapsed() >= BOOKMARK_INTERVAL {
                 self.messages = vec![Encoded::new(&leading_to(&self.point))].into_iter();
             }
@@ -187,7 +205,7 @@ impl Watcher {
             self.point = round.upto.clone();
             self.messages = round.messages.clone().into_iter();
         } else {
-            self.next = Next::Missed;
+            self.next = self.missed();
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use anyhow::Context;
 use serde_json::{Map, Value, json};
 use tokio::{
     signal::unix::{SignalKind, signal},
+    task::JoinSet,
     time,
 };
 use tonic::{Code, Status};
@@ -53,7 +54,8 @@ pub async fn run(watch: Watch, default_addr: String) -> anyhow::Result<()> {
     let addr = watch.addr.clone().unwrap_or(default_addr);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     // By itself, and at once: whoever reads what is printed can keep it waiting for ever.
-    tokio::spawn(async move {
+    let mut signals = JoinSet::new();
+    signals.spawn(async move {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         process::exit(0);
     });
