@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, builder::NonEmptyStringValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
 use prost_types::Timestamp;
 use tonic::{
@@ -32,11 +32,11 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, Args)]
 pub struct Filter {
     /// Only users whose username starts so.
-    #[arg(long, value_name = "PREFIX")]
+    #[arg(long, value_name = "PREFIX", value_parser = NonEmptyStringValueParser::new())]
     pub username_prefix: Option<String>,
 
     /// Only users with this e-mail address.
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = NonEmptyStringValueParser::new())]
     pub email: Option<String>,
 
     /// Only users that were created later, such as 2026-01-31T12:00:00Z.

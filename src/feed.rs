@@ -34,7 +34,7 @@ use crate::{
     page::Page,
     pb,
     places::Places,
-    point::{self, Change, Log, Point},
+    point::{self, Change, Log, Point, Token},
     telemetry::describe,
     users::{EXTRA, ID, column, user_columns, user_from_row},
 };
@@ -74,7 +74,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const RECONNECT_DELAY: Duration = Duration::from_millis(500);
 
 /// Where a statement is in history: nothing on a standby, whose snapshots do not know of
-/// all running transactions, and no row at all if the log is of another database.
+/// all running transactions, and no row at all if the log is of another database. Its
+/// origin has a third word if it was adopted.
 macro_rules! here {
     ($more:literal) => {
         concat!(
@@ -89,7 +90,7 @@ macro_rules! here {
             "
     from user_feed feed, pg_control_system() cluster, pg_database database
     where database.datname = current_database()
-        and feed.origin = cluster.system_identifier || ' ' || database.oid
+        and starts_with(feed.origin || ' ', cluster.system_identifier || ' ' || database.oid || ' ')
 )"
         )
     };
@@ -121,15 +122,18 @@ pub(crate) fn point_from_row(row: &Row) -> Result<Option<Point>, Error> {
 pub(crate) const BEHIND_POINT: usize = 4;
 
 /// The log of a dump that was restored here has another database's transaction ids:
-/// they would hide what is written from now on.
+/// they would hide what is written from now on. From now on it is another history. While
+/// keys are missing, the dump is still being restored.
 const ADOPT: &str = "
 with here as (
     select cluster.system_identifier || ' ' || database.oid as origin
     from pg_control_system() cluster, pg_database database
     where database.datname = current_database()
+        and to_regclass('users_pkey') is not null and to_regclass('user_changes_pkey') is not null
 ), adopted as (
-    update user_feed feed set origin = here.origin, purged_xid = '0', purged_time = 'epoch'
-    from here where feed.origin <> here.origin
+    update user_feed feed set purged_xid = '0', purged_time = 'epoch',
+        origin = here.origin || ' ' || (extract(epoch from clock_timestamp()) * 1000000)::bigint
+    from here where not starts_with(feed.origin || ' ', here.origin || ' ')
     returning feed.purged_xid
 ), gone as (
     delete from user_changes where xid >= (select purged_xid from adopted)
@@ -300,7 +304,8 @@ fn change_from_row(row: &Row, is_last: bool) -> Result<pb::UserChange, Error> {
 
 /// A message that leads to a point, and says no more: a sign of life.
 pub fn leading_to(point: &Point) -> pb::WatchUsersResponse {
-    pb::WatchUsersResponse { resume_token: point.to_token(), ..Default::default() }
+    let resume_token = Token { point: point.clone(), page_token: None }.to_text();
+    pb::WatchUsersResponse { resume_token, ..Default::default() }
 }
 
 fn log_from_row(row: &Row) -> Result<Option<Log>, Error> {

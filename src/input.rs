@@ -547,9 +547,13 @@ impl Watch {
     }
 
     fn resume(token: &str, filter: Option<Selection>, selection: Selection) -> Option<Self> {
-        // Those of other rpcs are good for every filter.
-        let of_filter = filter.as_ref().and_then(|filter| filter.open(token));
-        let Token { point, page_token } = Token::parse(of_filter.as_deref().unwrap_or(token))?;
+        let token = match (Point::from_token(token), &filter) {
+            // Of another rpc: good for every filter.
+            (Some(point), _) => Token { point, page_token: None },
+            (None, Some(filter)) => Token::parse(&filter.open_watch(token)?)?,
+            (None, None) => Token::parse(token)?,
+        };
+        let Token { point, page_token } = token;
         let initial_state = match page_token {
             Some(token) => Some(selection.page_after(&token, INITIAL_STATE_PAGE_SIZE)?),
             None => None,

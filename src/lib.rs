@@ -19,10 +19,10 @@
 //! | `main.rs` | the command line: `serve`, `migrate`, `check`, and what is in [`cli`] |
 //! | [`cli`] | the commands that talk to a running service: `import` and `export`, their files, and `watch` |
 //! | [`config`] | every setting; the only one that reads the environment |
-//! | [`app`] | wires, starts and stops; what [`server`], [`group`] and [`import`] spawn ends with it |
+//! | [`app`] | wires, starts and stops; what [`server`], [`group`], [`import`] and [`watch`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
 //! | [`codec`], [`service`] | how messages are read, and one that is encoded for many; the rpcs, a few lines each |
-//! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, page tokens |
+//! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, whom a filter means and page tokens |
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation; `arrays`, what those on many users take |
 //! | [`places`] | how many streams of a kind there may be |
 //! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |

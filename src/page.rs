@@ -87,7 +87,8 @@ impl Selection {
         Some(first.page_after(last))
     }
 
-    /// Whether a user belongs to it.
+    /// Whether a user belongs to it, by the keys that its columns have: a change of the rules
+    /// by which these are made has to be a change of the columns too.
     pub fn contains(&self, user: &pb::User) -> bool {
         let key = match self.order {
             Order::CreateTimeDesc | Order::CreateTimeAsc => {
@@ -104,14 +105,19 @@ impl Selection {
             && self.email_key.as_ref().is_none_or(has_email)
     }
 
-    /// A token that [`Selection::open`] reads if it belongs to the same selection.
-    pub fn seal(&self, token: &str) -> String {
-        seal(&self.to_bytes(), token.as_bytes())
+    /// The token of a watch of these users only, from that of a watch of all.
+    pub fn seal_watch(&self, token: &str) -> String {
+        seal(&self.watch_context(), token.as_bytes())
     }
 
-    /// What [`Selection::seal`] sealed.
-    pub fn open(&self, token: &str) -> Option<String> {
-        String::from_utf8(open(&self.to_bytes(), token)?).ok()
+    /// What [`Selection::seal_watch`] sealed for the same selection.
+    pub fn open_watch(&self, token: &str) -> Option<String> {
+        String::from_utf8(open(&self.watch_context(), token)?).ok()
+    }
+
+    /// Not that of page tokens.
+    fn watch_context(&self) -> Vec<u8> {
+        [b"watch of ", self.to_bytes().as_slice()].concat()
     }
 
     fn to_bytes(&self) -> Vec<u8> {

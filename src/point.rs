@@ -106,11 +106,37 @@ impl Point {
             && missing.all(|xid| other.unseen.contains(xid))
     }
 
-    /// The token that carries the point.
+    /// The token of the point, for whoever begins to watch, all users or some.
     pub fn to_token(&self) -> String {
-        Token { point: self.clone(), page_token: None }.to_text()
+        seal(POINT_SEAL, self.to_text().as_bytes())
+    }
+
+    /// Reads such a token; `None` if it was not made by us.
+    pub fn from_token(token: &str) -> Option<Self> {
+        Self::from_text(&String::from_utf8(open(POINT_SEAL, token)?).ok()?)
+    }
+
+    fn to_text(&self) -> String {
+        let Self { history, last, unseen } = self;
+        let unseen: Vec<String> = unseen.iter().map(u64::to_string).collect();
+        format!("{history}|{} {}|{}", last.xid, last.time_us, unseen.join(" "))
+    }
+
+    fn from_text(text: &str) -> Option<Self> {
+        let mut parts = text.split('|');
+        let (history, last, unseen) = (parts.next()?, parts.next()?, parts.next()?);
+        let (xid, time_us) = last.split_once(' ')?;
+        let last = Change { xid: xid.parse().ok()?, time_us: time_us.parse().ok()? };
+        from_micros(last.time_us)?;
+        // Also when it is forged, it has to be a point.
+        let unseen: Vec<u64> = numbers(unseen, ' ')?;
+        let is_ascending = unseen.iter().chain([&last.xid]).is_sorted_by(|a, b| a < b);
+        let is_whole = parts.next().is_none() && last.xid < u64::MAX && is_ascending;
+        is_whole.then(|| Self { history: history.to_owned(), last, unseen })
     }
 }
+
+const POINT_SEAL: &[u8] = b"point";
 
 /// Where a watch goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,35 +147,21 @@ pub struct Token {
     pub page_token: Option<String>,
 }
 
-/// What tokens of this kind are sealed with.
 const SEAL: &[u8] = b"watch";
 
 impl Token {
-    /// The token as callers get it.
+    /// The token as callers get it, if they watch all users.
     pub fn to_text(&self) -> String {
-        let Point { history, last, unseen } = &self.point;
-        let unseen: Vec<String> = unseen.iter().map(u64::to_string).collect();
         let page_token = self.page_token.as_deref().unwrap_or_default();
-        let text = format!("{history}|{} {}|{}|{page_token}", last.xid, last.time_us, unseen.join(" "));
-        seal(SEAL, text.as_bytes())
+        seal(SEAL, format!("{}|{page_token}", self.point.to_text()).as_bytes())
     }
 
     /// Reads a token; `None` if it was not made by us.
     pub fn parse(text: &str) -> Option<Self> {
         let text = String::from_utf8(open(SEAL, text)?).ok()?;
-        let mut parts = text.split('|');
-        let (history, last, unseen, page_token) =
-            (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        let (xid, time_us) = last.split_once(' ')?;
-        let last = Change { xid: xid.parse().ok()?, time_us: time_us.parse().ok()? };
-        from_micros(last.time_us)?;
-        // Also when it is forged, it has to be a point.
-        let unseen: Vec<u64> = numbers(unseen, ' ')?;
-        let is_ascending = unseen.iter().chain([&last.xid]).is_sorted_by(|a, b| a < b);
+        let (point, page_token) = text.rsplit_once('|')?;
         let page_token = Some(page_token.to_owned()).filter(|token| !token.is_empty());
-        let is_whole = parts.next().is_none() && last.xid < u64::MAX && is_ascending;
-        let point = Point { history: history.to_owned(), last, unseen };
-        is_whole.then_some(Self { point, page_token })
+        Some(Self { point: Point::from_text(point)?, page_token })
     }
 }
 

@@ -1,10 +1,10 @@
 //! One stream of WatchUsers: an initial state, what was missed, and then the rounds that
 //! all watchers share.
 //!
-//! Nothing happens here unless the client reads: a stream has no task and holds no
-//! connection. Who reads too slowly for the rounds finds that some are gone, and reads
-//! what they had from the log. While the client takes one batch of that, the next one is
-//! read, and never more than that one.
+//! A watch that keeps up has no task and no connection: nothing happens unless its client
+//! reads. Who reads too slowly for the rounds finds that some are gone, and reads what
+//! they had from the log. While the client takes one batch of that, a task reads the next
+//! one, and never more than that one.
 
 use std::{mem, sync::Arc, time::Instant, vec};
 
@@ -73,14 +73,13 @@ impl Watcher {
         let mut watcher = Self { feed, filter, rounds, point, sent, messages, next, _place: place };
         if let Some(page) = watch.initial_state {
             watcher.next = Next::Users(page);
-        } else {
-            if let Some(behind) = behind {
-                watcher.send(behind).await?;
-            }
-            if watcher.messages.as_slice().is_empty() {
-                // So that the client has a token from the first moment on.
-                watcher.send_bookmark();
-            }
+            return Ok(watcher);
+        }
+        // A bookmark if there is nothing, so that the client has a token from the first
+        // moment on.
+        watcher.send_bookmark();
+        if let Some(behind) = behind {
+            watcher.send(behind).await?;
         }
         Ok(watcher)
     }
@@ -220,6 +219,6 @@ fn filtered(message: &Encoded, filter: &Selection) -> Result<Encoded, Error> {
             change.removed = true;
         }
     }
-    message.resume_token = filter.seal(&message.resume_token);
+    message.resume_token = filter.seal_watch(&message.resume_token);
     Ok(Encoded::new(&message))
 }

@@ -439,8 +439,11 @@ async fn an_export_can_be_of_some_users() {
         let expected: Vec<_> = expected.into_iter().map(|name| user(name).username).collect();
         assert_eq!(names, expected, "{flag}");
     }
-    let output = run(&server.addr, &["export", "-", "--format", "jsonl", "--email", "nonsense"]).await;
-    assert!(said(output, false).contains("filter.email"));
+    for (email, what) in [("nonsense", "filter.email"), ("", "a value is required")] {
+        let output = run(&server.addr, &["export", "-", "--format", "jsonl", "--email", email]).await;
+        let report = said(output, false);
+        assert!(report.contains(what), "{report}");
+    }
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use tonic::{Code, transport::Channel};
 use user_service::{
     app, batch, list, lookup,
     pb::{self, OrderBy, user_service_client::UserServiceClient},
-    point::Token,
+    point::Point,
 };
 
 use crate::support::*;
@@ -201,7 +201,7 @@ async fn the_first_page_has_an_estimate_and_a_watch_token_and_others_do_not() {
     let first = page(&mut client, &pb::ListUsersRequest::default()).await;
     assert_eq!(first.total_size_estimate, 100);
     // What it is good for is shown where it is used: in watch.rs.
-    assert!(Token::parse(&first.watch_token).is_some());
+    assert!(Point::from_token(&first.watch_token).is_some());
     let request = pb::ListUsersRequest { page_token: first.next_page_token, ..Default::default() };
     let second = page(&mut client, &request).await;
     assert_eq!((second.users.len(), second.total_size_estimate, second.watch_token.as_str()), (50, 0, ""));
@@ -265,6 +265,13 @@ async fn a_page_token_that_is_not_of_this_list_is_refused() {
             assert_refused(client.list_users(other).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
         assert_eq!(violations(&status), [("page_token".into(), "PAGE_TOKEN_INVALID".into())]);
     }
+    // Not even of a watch of the same users.
+    let prefix = pb::ListUsersFilter { username_prefix: "user".into(), ..Default::default() };
+    let watch = pb::WatchUsersRequest { filter: filter(prefix.clone()), ..Default::default() };
+    let mut watch = client.watch_users(watch).await.unwrap().into_inner();
+    let page_token = watch.message().await.unwrap().unwrap().resume_token;
+    let of_watch = pb::ListUsersRequest { page_token, ..ask(OrderBy::UsernameAsc, prefix) };
+    assert_refused(client.list_users(of_watch).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
     let next = pb::ListUsersRequest { page_token: token, page_size: 5, ..Default::default() };
     assert_eq!(page(&mut client, &next).await.users.len(), 5);
 }

@@ -13,6 +13,7 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 use tonic_types::StatusExt;
 use user_service::{
     embedded::Embedded,
+    feed,
     page::{open, seal},
     pb::{self, ChangeKind, user_service_client::UserServiceClient},
 };
@@ -426,9 +427,7 @@ async fn the_log_of_a_dump_that_was_restored_hides_nothing() {
     let database = Database::migrated().await;
     let admin = database.connect().await;
     // It has the transaction ids of another cluster.
-    let foreign_log = "update user_feed set origin = 'another', purged_xid = '9000000', purged_time = now();
-        insert into user_changes (xid, user_id, revision, kind) values ('9999999', gen_random_uuid(), 1, 1)";
-    admin.batch_execute(foreign_log).await.unwrap();
+    admin.batch_execute(FOREIGN_LOG).await.unwrap();
     let server = Server::start(&database, &[]).await;
     let mut client = server.client().await;
     let mut watch = Watch::from_now(&mut client).await;
@@ -437,7 +436,7 @@ async fn the_log_of_a_dump_that_was_restored_hides_nothing() {
     assert_eq!(database.count("select count(*) from user_changes").await, 1);
 
     // It is restored once more, under the running service.
-    admin.batch_execute(foreign_log).await.unwrap();
+    admin.batch_execute(FOREIGN_LOG).await.unwrap();
     let status = watch.end().await;
     assert!([Code::Unavailable, Code::FailedPrecondition].contains(&status.code()), "{status:?}");
     let from_now = async || Watch::open(&mut client.clone(), from_token("")).await.ok();
@@ -451,6 +450,45 @@ async fn the_log_of_a_dump_that_was_restored_hides_nothing() {
     assert!(anew.message().await.unwrap().bookmark);
     let id = created(&mut client, "bob").await.id;
     assert_eq!(anew.changes(1).await[0].id, id);
+}
+
+/// The log has another cluster's transaction ids from now on.
+const FOREIGN_LOG: &str =
+    "update user_feed set origin = 'another', purged_xid = '9000000', purged_time = now();
+    insert into user_changes (xid, user_id, revision, kind) values ('9999999', gen_random_uuid(), 1, 1)";
+
+#[tokio::test]
+async fn a_restored_database_is_another_history_also_if_nothing_was_ever_written_in_it() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let mut tokens = Vec::new();
+    for _ in 0..2 {
+        tokens.push(Watch::from_now(&mut client).await.token);
+        database.connect().await.batch_execute(FOREIGN_LOG).await.unwrap();
+        feed::adopt(&database.config()).await.unwrap();
+        for token in &tokens {
+            let refused = Watch::resumed(&mut client, token).await.map(drop);
+            assert_refused(refused, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_is_still_being_restored_is_left_alone() {
+    let database = Database::migrated().await;
+    let admin = database.connect().await;
+    admin.batch_execute(FOREIGN_LOG).await.unwrap();
+    let log = "select count(*) from user_changes";
+    for (table, key) in [("users", "id"), ("user_changes", "xid, seq")] {
+        // A restore makes keys when all rows are there.
+        admin.batch_execute(&format!("alter table {table} drop constraint {table}_pkey")).await.unwrap();
+        feed::adopt(&database.config()).await.unwrap();
+        assert_eq!(database.count(log).await, 1);
+        let add = format!("alter table {table} add constraint {table}_pkey primary key ({key})");
+        admin.batch_execute(&add).await.unwrap();
+    }
+    feed::adopt(&database.config()).await.unwrap();
+    assert_eq!(database.count(log).await, 0);
 }
 
 #[tokio::test]
