@@ -475,7 +475,11 @@ impl Feed {
             // It fails if the last watcher has just gone.
             let _ = self.rounds.send(Arc::new(batch));
             last_round = Some(Instant::now());
-            time::sleep(pause).await;
+            tokio::select! {
+                () = time::sleep(pause) => {}
+                // Whoever comes then need not wait for what these were to get yet.
+                () = self.rounds.closed() => *published = None,
+            }
         }
     }
 
