@@ -801,7 +801,7 @@ impl Fields {
         });
         let by_username = order == Order::UsernameAsc;
         if by_username && (email.is_some() || after.is_some() || before.is_some()) {
-            let what = "the order by username goes with username_prefix and include_deleted only";
+            let what = "email and create_time go neither with username_prefix nor with the order by username";
             return self.refuse("filter", reason::FILTER_UNSUPPORTED, what);
         }
         if !by_username && prefix.is_some() {
