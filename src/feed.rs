@@ -205,8 +205,6 @@ pub struct Batch {
     pub upto: Point,
     /// Whether nothing has changed.
     pub is_bookmark: bool,
-    /// Whether this is all that there is by now.
-    pub is_all: bool,
     /// The messages that deliver it. Changes are in the order of their transactions, and
     /// a user comes with the last of its changes.
     pub messages: Vec<Encoded>,
@@ -217,7 +215,7 @@ impl Batch {
     pub fn bookmark(point: Point) -> Self {
         let message = pb::WatchUsersResponse { bookmark: true, ..leading_to(&point) };
         let messages = vec![Encoded::new(&message)];
-        Self { from: point.clone(), upto: point, is_bookmark: true, is_all: true, messages }
+        Self { from: point.clone(), upto: point, is_bookmark: true, messages }
     }
 
     /// A round that goes on from nobody's point: who gets it looks into the log, and finds
@@ -233,9 +231,9 @@ pub struct Behind {
     log: Log,
     /// The changes, in the order of their transactions.
     changes: Vec<(Change, Row)>,
-    /// As that of a [`Batch`].
+    /// The point behind them.
     pub upto: Point,
-    /// As that of a [`Batch`].
+    /// Whether this is all that there is by now.
     pub is_all: bool,
 }
 
@@ -286,7 +284,7 @@ impl Behind {
             let changes = told.collect::<Result<_, Error>>()?;
             messages.push(Encoded::new(&pb::WatchUsersResponse { changes, ..leading_to(&reached) }));
         }
-        Ok(Batch { from, upto, is_bookmark: false, is_all, messages })
+        Ok(Batch { from, upto, is_bookmark: false, messages })
     }
 }
 

@@ -129,7 +129,7 @@ fn growth(findings: &Findings, plan: &Plan) -> Vec<Criterion> {
 }
 
 /// Users a second. The larger the table, the more a lookup and a call have in common,
-/// which is the walk down the index: the bar was set with a hundred thousand users.
+/// which is the walk down the index; and the bar does not say how large it is.
 fn many(findings: &Findings, plan: &Plan) -> Vec<Criterion> {
     let rate =
         |work: Work, users| findings.at_once.each((work, users), |cell| cell.rate * work.users() as f64);
