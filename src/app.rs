@@ -13,12 +13,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::{
-    batch,
+    batch, change_log,
     config::{Config, Grouping},
     db::{self, Db},
     embedded::Embedded,
     export::{self, Exports},
-    feed::{self, Feed},
+    feed::Feed,
     group::Limits,
     grouped, health,
     import::{self, Imports},
@@ -76,7 +76,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     // As long as there are streams.
     server.spawn({
         let stop = stop_server.clone();
-        async move { stop.run_until_cancelled(feed.publish(&postgres)).await.unwrap_or_default() }
+        async move { stop.run_until_cancelled(feed.publish()).await.unwrap_or_default() }
     });
     tracing::info!(%addr, "listening");
 
@@ -125,7 +125,7 @@ async fn keep_database(
         db.warm(),
         db.retire_connections(),
         purge::run(&db, &config),
-        feed::keep_adopted(&db, &postgres),
+        change_log::keep_adopted(&db, &postgres),
     );
     Ok(())
 }
@@ -158,7 +158,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     loop {
         let Err(error) = async {
             db::migrate(postgres).await?;
-            feed::adopt(postgres).await?;
+            change_log::adopt(postgres).await?;
             db.open().await
         }
         .await
@@ -200,7 +200,7 @@ pub fn statements() -> Vec<&'static str> {
         list::STATEMENTS,
         import::STATEMENTS,
         purge::STATEMENTS,
-        feed::STATEMENTS,
+        change_log::STATEMENTS,
     ]
     .concat()
 }

@@ -155,7 +155,8 @@ impl Db {
         is_migrated.then_some(()).ok_or(Error::DatabaseUnavailable)
     }
 
-    async fn connection(&self) -> Result<Connection<'_>, Error> {
+    /// A connection on loan, for several statements.
+    pub(crate) async fn connection(&self) -> Result<Connection<'_>, Error> {
         self.ensure_migrated()?;
         if self.pool.status().waiting >= self.max_waiting {
             return Err(Error::Overloaded);
@@ -169,6 +170,11 @@ impl Db {
                 Err(Error::DatabaseUnavailable)
             }
         }
+    }
+
+    /// A connection to keep, with everything prepared. It is none of the pool's any more.
+    pub(crate) async fn own_connection(&self) -> Result<ClientWrapper, Error> {
+        self.connection().await?.object.take().map(Object::take).ok_or(Error::DatabaseUnavailable)
     }
 
     /// Another connection instead of one whose statements are stale. All others
@@ -209,7 +215,7 @@ impl Db {
 
 /// A connection on loan. If the call goes away while its statement runs, the
 /// connection is not given to anybody until PostgreSQL has cancelled it.
-struct Connection<'a> {
+pub(crate) struct Connection<'a> {
     /// Taken only when the connection is discarded.
     object: Option<Object>,
     is_idle: bool,
@@ -224,8 +230,7 @@ impl Connection<'_> {
         sql: &str,
         params: Params<'_>,
     ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        self.is_idle = false;
-        let Some(client) = &mut self.object else { return Ok(Vec::new()) };
+        let Some(client) = self.busy() else { return Ok(Vec::new()) };
         if access == Access::Rehearse {
             let transaction = client.transaction().await?;
             let statement = transaction.prepare_cached(sql).await?;
@@ -237,15 +242,21 @@ impl Connection<'_> {
         client.query(&statement, params).await
     }
 
+    /// The connection, which is busy until [`Connection::finish`].
+    pub(crate) fn busy(&mut self) -> Option<&mut ClientWrapper> {
+        self.is_idle = false;
+        self.object.as_deref_mut()
+    }
+
     /// Gives the connection back, or closes it if it is of no more use.
-    fn finish(
+    pub(crate) fn finish<T>(
         mut self,
         access: Access,
-        result: Result<Vec<Row>, tokio_postgres::Error>,
-    ) -> Result<Vec<Row>, Error> {
+        result: Result<T, tokio_postgres::Error>,
+    ) -> Result<T, Error> {
         self.is_idle = true;
         let error = match result {
-            Ok(rows) => return Ok(rows),
+            Ok(done) => return Ok(done),
             Err(error) => error,
         };
         if !is_reusable(&error) {
@@ -318,9 +329,9 @@ fn is_stale_statement(error: &tokio_postgres::Error) -> bool {
 /// Whether the connection can serve the next call after this error. One to a
 /// server that has become a standby is whole, but of no use.
 fn is_reusable(error: &tokio_postgres::Error) -> bool {
-    error
-        .code()
-        .is_some_and(|state| *state != SqlState::READ_ONLY_SQL_TRANSACTION && !is_connection_lost(state))
+    let is_whole =
+        |state: &SqlState| *state != SqlState::READ_ONLY_SQL_TRANSACTION && !is_connection_lost(state);
+    !is_stale_statement(error) && error.code().is_some_and(is_whole)
 }
 
 /// Sets what the driver leaves open. Without it, a server that vanished from the

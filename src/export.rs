@@ -20,10 +20,10 @@ use tokio_postgres::{Client, RowStream, types::ToSql};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
+    change_log::{self, point_from_row},
     config::Config,
     db::{self, Db},
     error::{Access, Error},
-    feed::{self, point_from_row},
     input::Export,
     list, pb,
     places::Places,
@@ -126,7 +126,7 @@ impl Session {
         );
         let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
-        let now = self.client.query_opt(feed::NOW, &[]).await.map_err(refused)?;
+        let now = self.client.query_opt(change_log::NOW, &[]).await.map_err(refused)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;

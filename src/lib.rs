@@ -26,7 +26,8 @@
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation; `arrays`, what those on many users take |
 //! | [`places`] | how many streams of a kind there may be |
 //! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |
-//! | [`feed`], [`point`], [`watch`] | the change log as a feed: its statements and the one reader; where one is in history, and the tokens for it; a stream |
+//! | [`change_log`], [`point`] | the change log: its statements, and what is read of it; where one is in history, and the tokens for it |
+//! | [`feed`], [`watch`] | the log as a feed: the one reader; a stream |
 //! | [`group`] | the gathering of calls, whatever they are about |
 //! | [`db`] | the pool, what every statement goes through, the migrations |
 //! | [`embedded`] | the private PostgreSQL, when `DATABASE_URL` is unset |
@@ -59,6 +60,7 @@
 pub mod app;
 mod arrays;
 pub mod batch;
+pub mod change_log;
 pub mod cli;
 pub mod codec;
 pub mod config;

@@ -3,9 +3,9 @@
 use tokio_postgres::{Row, types::ToSql};
 
 use crate::{
+    change_log::{BEHIND_POINT, here, point_from_row},
     db::Db,
     error::{Access, Error},
-    feed::{BEHIND_POINT, here, point_from_row},
     page::{Key, Order, Page, Position, Selection},
     pb,
     users::{CREATE_TIME, EXTRA, ID, column, user_columns, user_from_row},

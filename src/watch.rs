@@ -3,8 +3,8 @@
 //!
 //! A watch that keeps up has no task and no connection: nothing happens unless its client
 //! reads. Who reads too slowly for the rounds finds that some are gone, and reads what
-//! they had from the log. While the client takes one batch of that, a task reads the next
-//! one, and never more than that one.
+//! they had from the log. While the client takes one batch of that, a task may read the
+//! next one, and never more than that one.
 
 use std::{mem, sync::Arc, time::Instant, vec};
 
@@ -19,9 +19,10 @@ use tokio::{
 use tonic::Status;
 
 use crate::{
+    change_log::{Batch, Behind, MESSAGE_SIZE, leading_to},
     codec::Encoded,
     error::Error,
-    feed::{BOOKMARK_INTERVAL, Batch, Behind, Feed, MESSAGE_SIZE, leading_to},
+    feed::{BOOKMARK_INTERVAL, Feed},
     input::Watch,
     list::position,
     page::{Page, Selection},
@@ -51,8 +52,10 @@ pub struct Watcher {
 enum Next {
     /// Users of the initial state.
     Users(Page),
-    /// What is in the log behind the point: a task that reads it.
-    Missed(JoinSet<Result<Behind, Error>>),
+    /// What is in the log behind the point.
+    Missed,
+    /// The same, which a task reads; and, if it reads ahead, the permit for that.
+    Reading(JoinSet<Result<Behind, Error>>, Option<OwnedSemaphorePermit>),
     /// A round.
     Round,
 }
@@ -63,10 +66,14 @@ impl Watcher {
         let place = feed.places.take()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
-        let (point, behind) = match watch.point {
-            // This is where it turns out whether the token is good.
-            Some(point) => (point.clone(), Some(feed.read(point).await?)),
-            None => (feed.now().await?, None),
+        // This is where it turns out whether the token is good.
+        let (point, missed) = match (watch.point, &watch.initial_state) {
+            (None, _) => (feed.now().await?, None),
+            (Some(point), None) => (point.clone(), Some(feed.read(point).await?)),
+            (Some(point), Some(_)) => {
+                feed.check(&point).await?;
+                (point, None)
+            }
         };
         let (sent, messages) = (Instant::now(), Vec::new().into_iter());
         let (filter, next) = (watch.filter, Next::Round);
@@ -78,8 +85,8 @@ impl Watcher {
         // A bookmark if there is nothing, so that the client has a token from the first
         // moment on.
         watcher.send_bookmark();
-        if let Some(behind) = behind {
-            watcher.send(behind).await?;
+        if let Some(missed) = missed {
+            watcher.send(missed).await?;
         }
         Ok(watcher)
     }
@@ -112,10 +119,10 @@ impl Watcher {
             }
             match mem::replace(&mut self.next, Next::Round) {
                 Next::Users(page) => self.users(page).await?,
-                Next::Missed(mut reading) => {
-                    let behind = reading.join_next().await.ok_or(Error::Internal)?;
-                    let behind = behind.map_err(|_| Error::Internal)??;
-                    self.send(behind).await?;
+                Next::Missed => self.next = self.reading(None),
+                Next::Reading(mut reading, _ahead) => {
+                    let missed = reading.join_next().await.ok_or(Error::Internal)?;
+                    self.send(missed.map_err(|_| Error::Internal)??).await?;
                 }
                 Next::Round => self.round().await?,
             }
@@ -123,31 +130,37 @@ impl Watcher {
     }
 
     fn send_bookmark(&mut self) {
-        self.messages = Batch::bookmark(self.point.clone()).messages.into_iter();
+        let bookmark = pb::WatchUsersResponse { bookmark: true, ..leading_to(&self.point) };
+        self.messages = vec![Encoded::new(&bookmark)].into_iter();
     }
 
-    /// Sends what was read behind the point, if that is anything, while what comes then is
-    /// read.
-    async fn send(&mut self, behind: Behind) -> Result<(), Error> {
-        self.point.clone_from(&behind.upto);
-        self.next = if behind.is_all { Next::Round } else { self.missed() };
+    /// Sends what was read behind the point, if that is anything. What comes then may be
+    /// read meanwhile.
+    async fn send(&mut self, missed: Behind) -> Result<(), Error> {
+        self.point.clone_from(&missed.upto);
+        self.next = if missed.is_all {
+            Next::Round
+        } else {
+            let ahead = Arc::clone(&self.feed.ahead).try_acquire_owned();
+            ahead.map_or(Next::Missed, |ahead| self.reading(Some(ahead)))
+        };
         // That task would wait for this one, and PostgreSQL with it.
         task::yield_now().await;
-        let batch = behind.into_batch()?;
-        if !batch.is_bookmark {
+        let batch = missed.into_batch()?;
+        if !batch.messages.is_empty() {
             self.messages = batch.messages.into_iter();
         }
         Ok(())
     }
 
     /// Begins to read what is in the log behind the point.
-    fn missed(&mut self) -> Next {
+    fn reading(&mut self, ahead: Option<OwnedSemaphorePermit>) -> Next {
         // Rounds from now on: those before are in the log.
         self.rounds = self.feed.rounds();
         let (feed, point) = (Arc::clone(&self.feed), self.point.clone());
         let mut reading = JoinSet::new();
         reading.spawn(async move { feed.read(point).await });
-        Next::Missed(reading)
+        Next::Reading(reading, ahead)
     }
 
     /// The next users of the initial state. Behind the last ones come the changes that
@@ -176,7 +189,7 @@ impl Watcher {
         if is_last {
             let end = pb::WatchUsersResponse { initial_state_end: true, ..leading_to(&self.point) };
             messages.push(Encoded::new(&end));
-            self.next = self.missed();
+            self.next = Next::Missed;
         }
         self.messages = messages.into_iter();
         Ok(())
@@ -189,22 +202,24 @@ impl Watcher {
         let round = match self.rounds.recv().await {
             Ok(round) => round,
             Err(RecvError::Lagged(_)) => {
-                self.next = self.missed();
+                self.next = Next::Missed;
                 return Ok(());
             }
             Err(RecvError::Closed) => return Err(Error::Stopping),
         };
-        if self.point.includes(&round.upto) {
-            if round.is_bookmark {
-                self.send_bookmark();
-            } else if self.sent.elapsed() >= BOOKMARK_INTERVAL {
-                self.messages = vec![Encoded::new(&leading_to(&self.point))].into_iter();
-            }
-        } else if self.point.includes(&round.from) {
+        let is_known = self.point.includes(&round.upto);
+        if !is_known && !self.point.includes(&round.from) {
+            self.next = Next::Missed;
+            return Ok(());
+        }
+        if !is_known {
             self.point = round.upto.clone();
             self.messages = round.messages.clone().into_iter();
-        } else {
-            self.next = self.missed();
+        }
+        if round.messages.is_empty() {
+            self.send_bookmark();
+        } else if is_known && self.sent.elapsed() >= BOOKMARK_INTERVAL {
+            self.messages = vec![Encoded::new(&leading_to(&self.point))].into_iter();
         }
         Ok(())
     }

@@ -12,8 +12,8 @@ use futures_util::future::join_all;
 use tonic::{Code, Status, Streaming, transport::Channel};
 use tonic_types::StatusExt;
 use user_service::{
+    change_log,
     embedded::Embedded,
-    feed,
     page::{open, seal},
     pb::{self, ChangeKind, user_service_client::UserServiceClient},
 };
@@ -465,7 +465,7 @@ async fn a_restored_database_is_another_history_also_if_nothing_was_ever_written
     for _ in 0..2 {
         tokens.push(Watch::from_now(&mut client).await.token);
         database.connect().await.batch_execute(FOREIGN_LOG).await.unwrap();
-        feed::adopt(&database.config()).await.unwrap();
+        change_log::adopt(&database.config()).await.unwrap();
         for token in &tokens {
             let refused = Watch::resumed(&mut client, token).await.map(drop);
             assert_refused(refused, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
@@ -482,13 +482,20 @@ async fn a_database_that_is_still_being_restored_is_left_alone() {
     for (table, key) in [("users", "id"), ("user_changes", "xid, seq")] {
         // A restore makes keys when all rows are there.
         admin.batch_execute(&format!("alter table {table} drop constraint {table}_pkey")).await.unwrap();
-        feed::adopt(&database.config()).await.unwrap();
+        change_log::adopt(&database.config()).await.unwrap();
         assert_eq!(database.count(log).await, 1);
         let add = format!("alter table {table} add constraint {table}_pkey primary key ({key})");
         admin.batch_execute(&add).await.unwrap();
     }
-    feed::adopt(&database.config()).await.unwrap();
+    change_log::adopt(&database.config()).await.unwrap();
     assert_eq!(database.count(log).await, 0);
+}
+
+/// One without windows so large that all of it fits into them.
+async fn narrow_client(server: &Server) -> UserServiceClient<Channel> {
+    let channel = Channel::from_shared(format!("http://{}", server.addr)).unwrap();
+    let channel = channel.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
+    UserServiceClient::new(channel.connect().await.unwrap())
 }
 
 #[tokio::test]
@@ -501,11 +508,7 @@ async fn who_does_not_read_is_in_nobodys_way_and_catches_up() {
     let server = Server::start(&database, &[("POOL_SIZE", "2")]).await;
     let mut client = server.client().await;
     let addr = format!("http://{}", server.addr);
-    // Without windows so large that all of it fits into them.
-    let narrow = Channel::from_shared(addr.clone()).unwrap();
-    let narrow = narrow.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
-    let narrow = narrow.connect().await.unwrap();
-    let mut stalled = Watch::from_now(&mut UserServiceClient::new(narrow)).await;
+    let mut stalled = Watch::from_now(&mut narrow_client(&server).await).await;
     // On connections of their own, so that only the server can keep them apart.
     let others = (0..100).map(|_| {
         let addr = addr.clone();
@@ -545,6 +548,57 @@ async fn who_does_not_read_is_in_nobodys_way_and_catches_up() {
         where datname = current_database() and application_name = 'user-service'";
     // The pool, the health, and the feed.
     assert_eq!(database.count(connections).await, 4);
+}
+
+#[tokio::test]
+async fn those_who_stall_while_they_catch_up_are_in_nobodys_way() {
+    const USERS: usize = 6_000;
+    // More than those for whom the service reads ahead.
+    const STALLED: usize = 10;
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let token = Watch::from_now(&mut client).await.token;
+    insert(&database, "user", 10, USERS as u32 / 10).await;
+    let mut stalled = Vec::new();
+    for _ in 0..STALLED {
+        let mut watch = Watch::resumed(&mut narrow_client(&server).await, &token).await.unwrap();
+        let seen = watch.message().await.unwrap().changes.len();
+        stalled.push((watch, seen));
+    }
+    let mut ids = HashSet::new();
+    let mut watch = Watch::resumed(&mut client, &token).await.unwrap();
+    ids.extend(watch.changes(USERS).await.into_iter().filter_map(|change| change.user).map(|user| user.id));
+    assert_eq!(ids.len(), USERS);
+    for (mut watch, seen) in stalled {
+        watch.changes(USERS - seen).await;
+    }
+}
+
+#[tokio::test]
+async fn users_come_with_their_changes_wherever_their_ids_lie() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    // Random ids: each has many between itself and the next one that is created later.
+    insert(&database, "old", 1, 5_000).await;
+    let token = Watch::from_now(&mut client).await.token;
+    insert(&database, "new", 7, 3).await;
+    let mut names = HashSet::new();
+    for name in ["anna", "bob"] {
+        let user = created(&mut client, name).await;
+        client.update_user(rename(&user.id, "Somebody")).await.unwrap();
+        names.insert(user.username);
+    }
+    let old = table(&mut client).await.into_values().find(|user| user.username.starts_with("old")).unwrap();
+    client.update_user(rename(&old.id, "Somebody")).await.unwrap();
+    names.insert(old.username);
+    let changes = Watch::resumed(&mut client, &token).await.unwrap().changes(21 + 4 + 1).await;
+    let users = changes.into_iter().filter_map(|change| {
+        assert!(!change.removed);
+        change.user.inspect(|user| assert_eq!(user.id, change.id))
+    });
+    let (new, others): (HashSet<_>, HashSet<_>) =
+        users.map(|user| user.username).partition(|name| name.starts_with("new"));
+    assert_eq!((new.len(), others), (21, names));
 }
 
 #[tokio::test]
