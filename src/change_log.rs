@@ -13,7 +13,7 @@ use std::{
 use deadpool_postgres::{ClientWrapper, Transaction};
 use futures_util::future;
 use prost::bytes::BytesMut;
-use tokio::time;
+use tokio::{task, time};
 use tokio_postgres::{
     IsolationLevel, Row,
     types::{FromSql, IsNull, ToSql, Type, accepts, to_sql_checked},
@@ -36,6 +36,8 @@ pub const STATEMENTS: &[&str] = &[ADOPT, NOW, LOG, CHANGES, BETWEEN, EACH];
 /// Changes in a message: few enough for it to fit into the buffer that each stream has
 /// anyway, 8 KiB, as long as users are not very large.
 pub const MESSAGE_SIZE: usize = 32;
+/// Messages that are made without a pause.
+const MESSAGES_AT_ONCE: usize = 16;
 /// How often to look whether the log is still this database's own.
 const ADOPTION_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -134,9 +136,8 @@ pub async fn keep_adopted(db: &Db, postgres: &tokio_postgres::Config) {
 /// The point that has all that is committed.
 pub(crate) const NOW: &str = concat!("select * from ", here!());
 
-/// Returns it.
-pub async fn now(db: &Db) -> Result<Point, Error> {
-    let rows = db.run(Access::Read, NOW, &[]).await?;
+/// Reads it from the rows of [`NOW`].
+pub(crate) fn point_from_rows(rows: &[Row]) -> Result<Point, Error> {
     rows.first().map(point_from_row).transpose()?.flatten().ok_or(Error::DatabaseUnavailable)
 }
 
@@ -198,11 +199,12 @@ struct Entry {
 }
 
 impl Entry {
-    /// In the order of their transactions.
+    /// The changes in the order of their transactions.
     fn from_rows(rows: &[Row]) -> Result<Vec<Self>, tokio_postgres::Error> {
         let mut entries = rows.iter().map(Self::from_row).collect::<Result<Vec<_>, _>>()?;
         entries.sort_unstable_by_key(|entry| (entry.change.xid, entry.seq));
         let (mut users, mut xid) = (HashSet::with_capacity(entries.len()), None);
+        // Backwards, so what was met before comes behind it.
         for entry in entries.iter_mut().rev() {
             entry.completes = xid.replace(entry.change.xid) != Some(entry.change.xid);
             entry.is_last = users.insert(entry.user_id);
@@ -210,6 +212,7 @@ impl Entry {
         Ok(entries)
     }
 
+    /// A change, as if others came behind it.
     fn from_row(row: &Row) -> Result<Self, tokio_postgres::Error> {
         let Xid(xid) = row.try_get(3)?;
         Ok(Self {
@@ -245,7 +248,7 @@ pub struct Behind {
     pub is_all: bool,
     log: Log,
     entries: Vec<Entry>,
-    /// Those that there still are, and perhaps others.
+    /// Those that come with them.
     users: Vec<Row>,
 }
 
@@ -266,47 +269,54 @@ pub(crate) async fn read(
     // Both at once, in one round trip.
     let (log, changes) =
         future::try_join(query(&snapshot, LOG, &[&last]), query(&snapshot, CHANGES, params)).await?;
+    let log = match log_from_rows(&log).and_then(|log| from.check(&log).map(|()| log)) {
+        Ok(log) => log,
+        Err(error) => return Ok(Err(error)),
+    };
     let entries = Entry::from_rows(&changes)?;
     let users = read_users(&snapshot, &entries).await?;
-    Ok(log_from_rows(&log).and_then(|log| {
-        from.check(&log)?;
-        let is_all = entries.len() < size;
-        let upto = from.after(&log, entries.last().map(|last| last.change), is_all);
-        Ok(Behind { from, upto, is_all, log, entries, users })
-    }))
-}
-
-/// The users of changes, and perhaps others. Ids are made in the order of time, so who was
-/// created at one time stands side by side in the index: to walk there takes half as long
-/// as to look for each. Ids that were brought along can be far apart, so the walk has an end.
-async fn read_users(
-    snapshot: &Transaction<'_>,
-    entries: &[Entry],
-) -> Result<Vec<Row>, tokio_postgres::Error> {
-    let (created, others): (Vec<&Entry>, _) = entries.iter().partition(|entry| entry.kind == CREATED);
-    let ids = |entries: Vec<&Entry>| entries.iter().map(|entry| entry.user_id).collect::<Vec<Uuid>>();
-    let (mut created, mut others) = (ids(created), ids(others));
-    created.sort_unstable();
-    let mut users = Vec::new();
-    if let (Some(first), Some(last)) = (created.first(), created.last()) {
-        let most = 2 * created.len();
-        users = query(snapshot, BETWEEN, &[first, last, &(most as i64)]).await?;
-        if users.len() == most
-            && let Some(reached) = users.last()
-        {
-            let reached: Uuid = reached.try_get(ID)?;
-            others.extend(created.into_iter().filter(|id| *id > reached));
-        }
-    }
-    if !others.is_empty() {
-        others.sort_unstable();
-        users.append(&mut query(snapshot, EACH, &[&others]).await?);
-    }
-    Ok(users)
+    let is_all = entries.len() < size;
+    let upto = from.after(&log, entries.last().map(|last| last.change), is_all);
+    Ok(Ok(Behind { from, upto, is_all, log, entries, users }))
 }
 
 /// As the log has it.
 const CREATED: i16 = pb::ChangeKind::Created as i16;
+
+/// The users that come with changes, as far as they still are there. The service makes ids
+/// in the order of time (version 7), so who was created at one time stands side by side in
+/// the index: to walk there takes half as long as to look for each. Others may have been
+/// created there as well, so the walk has an end.
+async fn read_users(
+    snapshot: &Transaction<'_>,
+    entries: &[Entry],
+) -> Result<Vec<Row>, tokio_postgres::Error> {
+    let (mut together, mut apart) = (Vec::new(), Vec::new());
+    for Entry { user_id, kind, .. } in entries.iter().filter(|entry| entry.is_last) {
+        let is_near = *kind == CREATED && user_id.get_version_num() == 7;
+        if is_near { &mut together } else { &mut apart }.push(*user_id);
+    }
+    together.sort_unstable();
+    let mut users = Vec::new();
+    if let (Some(first), Some(last)) = (together.first(), together.last()) {
+        let limit = together.len() + together.len() / 4 + 1;
+        for user in query(snapshot, BETWEEN, &[first, last, &(limit as i64)]).await? {
+            users.push((user.try_get::<_, Uuid>(ID)?, user));
+        }
+        if let Some((reached, _)) = users.last().filter(|_| users.len() == limit) {
+            apart.extend(together.iter().filter(|id| *id > reached));
+        }
+        if users.len() > together.len() {
+            users.retain(|(id, _)| together.binary_search(id).is_ok());
+        }
+    }
+    let mut users: Vec<Row> = users.into_iter().map(|(_, user)| user).collect();
+    if !apart.is_empty() {
+        apart.sort_unstable();
+        users.append(&mut query(snapshot, EACH, &[&apart]).await?);
+    }
+    Ok(users)
+}
 
 async fn query(
     snapshot: &Transaction<'_>,
@@ -328,8 +338,8 @@ pub struct Batch {
 }
 
 impl Behind {
-    /// Makes messages of it.
-    pub fn into_batch(self) -> Result<Batch, Error> {
+    /// Makes messages of it, with pauses: there can be many, and others wait.
+    pub async fn into_batch(self) -> Result<Batch, Error> {
         let Self { from, upto, is_all, log, entries, users } = self;
         let by_id = |user| Ok((column(&user, ID)?, user));
         let users = users.into_iter().map(by_id).collect::<Result<HashMap<Uuid, Row>, Error>>()?;
@@ -342,6 +352,9 @@ impl Behind {
             }
             let changes = part.iter().map(|entry| entry.told(&users)).collect::<Result<_, _>>()?;
             messages.push(Encoded::new(&pb::WatchUsersResponse { changes, ..leading_to(&reached) }));
+            if messages.len() % MESSAGES_AT_ONCE == 0 {
+                task::yield_now().await;
+            }
         }
         Ok(Batch { from, upto, messages })
     }

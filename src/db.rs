@@ -55,8 +55,8 @@ pub const MIGRATION_LOCK: i64 = 0x75_73_65_72_73;
 /// The parameters of a statement, `$1` first.
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
-/// The database, as far as calls need it: statements, one at a time, each on a
-/// connection of its own.
+/// The database, as far as calls need it: statements, each on a connection of its own, and
+/// connections for those who have several.
 #[derive(Debug)]
 pub struct Db {
     pool: Pool,
@@ -173,8 +173,8 @@ impl Db {
     }
 
     /// A connection to keep, with everything prepared. It is none of the pool's any more.
-    pub(crate) async fn own_connection(&self) -> Result<ClientWrapper, Error> {
-        self.connection().await?.object.take().map(Object::take).ok_or(Error::DatabaseUnavailable)
+    pub(crate) async fn own_connection(&self) -> anyhow::Result<ClientWrapper> {
+        Ok(Object::take(self.pool.get().await?))
     }
 
     /// Another connection instead of one whose statements are stale. All others
@@ -216,7 +216,7 @@ impl Db {
 /// A connection on loan. If the call goes away while its statement runs, the
 /// connection is not given to anybody until PostgreSQL has cancelled it.
 pub(crate) struct Connection<'a> {
-    /// Taken only when the connection is discarded.
+    /// Taken when the connection is discarded.
     object: Option<Object>,
     is_idle: bool,
     db: &'a Db,
@@ -261,6 +261,12 @@ impl Connection<'_> {
         };
         if !is_reusable(&error) {
             self.discard();
+        }
+        if is_stale_statement(&error) {
+            tracing::warn!(error = describe(&error), "statements are stale");
+            // All others are as old, and the next one is not.
+            self.db.pool.retain(|_, _| false);
+            return Err(Error::DatabaseUnavailable);
         }
         let meaning = Error::from_postgres(&error, access);
         if meaning == Error::Internal {

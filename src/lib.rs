@@ -26,7 +26,7 @@
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation; `arrays`, what those on many users take |
 //! | [`places`] | how many streams of a kind there may be |
 //! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |
-//! | [`change_log`], [`point`] | the change log: its statements, and what is read of it; where one is in history, and the tokens for it |
+//! | [`change_log`], [`point`] | the change log: its statements, and what is read of it with its users; where one is in history, and the tokens for it |
 //! | [`feed`], [`watch`] | the log as a feed: the one reader; a stream |
 //! | [`group`] | the gathering of calls, whatever they are about |
 //! | [`db`] | the pool, what every statement goes through, the migrations |

@@ -52,7 +52,7 @@ pub struct Watcher {
 enum Next {
     /// Users of the initial state.
     Users(Page),
-    /// What is in the log behind the point.
+    /// What is in the log behind the point, as soon as the client asks for it.
     Missed,
     /// The same, which a task reads; and, if it reads ahead, the permit for that.
     Reading(JoinSet<Result<Behind, Error>>, Option<OwnedSemaphorePermit>),
@@ -120,8 +120,9 @@ impl Watcher {
             match mem::replace(&mut self.next, Next::Round) {
                 Next::Users(page) => self.users(page).await?,
                 Next::Missed => self.next = self.reading(None),
-                Next::Reading(mut reading, _ahead) => {
+                Next::Reading(mut reading, ahead) => {
                     let missed = reading.join_next().await.ok_or(Error::Internal)?;
+                    drop(ahead);
                     self.send(missed.map_err(|_| Error::Internal)??).await?;
                 }
                 Next::Round => self.round().await?,
@@ -146,7 +147,7 @@ impl Watcher {
         };
         // That task would wait for this one, and PostgreSQL with it.
         task::yield_now().await;
-        let batch = missed.into_batch()?;
+        let batch = missed.into_batch().await?;
         if !batch.messages.is_empty() {
             self.messages = batch.messages.into_iter();
         }

@@ -15,7 +15,10 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_types::StatusExt;
 use user_service::{embedded::Embedded, pb};
 
-use crate::support::*;
+use crate::{
+    support::*,
+    watch::{Watch, from_token},
+};
 
 /// A failure that says: not now, come back.
 #[track_caller]
@@ -152,6 +155,34 @@ async fn statements_that_the_schema_has_outgrown_are_prepared_again_on_every_con
         .unwrap();
     assert!(burst().await.iter().all(|found| *found == user));
     client.clone().update_user(rename(&user.id, "New")).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_watches_or_resumes_misses_nothing_when_the_schema_outgrows_the_statements() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let mut watch = Watch::open(&mut client, pb::WatchUsersRequest::default()).await.unwrap();
+    watch.message().await.unwrap();
+    let token = watch.token.clone();
+    let id = created(&mut client, "alice").await.id;
+    watch.changes(1).await;
+    let sql = "alter table users alter display_name type varchar(1000)";
+    database.connect().await.batch_execute(sql).await.unwrap();
+    // Told to come back, and then served.
+    let mut resumed = eventually("it is resumed", async || {
+        Watch::open(&mut client.clone(), from_token(&token))
+            .await
+            .inspect_err(|status| {
+                assert_passing(status);
+            })
+            .ok()
+    })
+    .await;
+    resumed.changes(1).await;
+    client.update_user(rename(&id, "New")).await.unwrap();
+    for watch in [&mut watch, &mut resumed] {
+        assert_eq!(watch.changes(1).await[0].user.as_ref().unwrap().display_name, "New");
+    }
 }
 
 #[tokio::test]
