@@ -132,7 +132,8 @@ impl Db {
         let mut result = connection.query(access, sql, params).await;
         if result.as_ref().is_err_and(is_stale_statement) {
             // The schema changed under the prepared statement, which did nothing.
-            connection = self.fresh_connection(connection).await?;
+            let _ = connection.finish(access, result);
+            connection = self.connection().await?;
             result = connection.query(access, sql, params).await;
         }
         tracing::debug!(
@@ -175,14 +176,6 @@ impl Db {
     /// A connection to keep, with everything prepared. It is none of the pool's any more.
     pub(crate) async fn own_connection(&self) -> anyhow::Result<ClientWrapper> {
         Ok(Object::take(self.pool.get().await?))
-    }
-
-    /// Another connection instead of one whose statements are stale. All others
-    /// are as old, so they go too.
-    async fn fresh_connection(&self, mut stale: Connection<'_>) -> Result<Connection<'_>, Error> {
-        stale.discard();
-        self.pool.retain(|_, _| false);
-        self.connection().await
     }
 
     /// Opens a connection, which finds out whether the statements fit the schema;

@@ -20,7 +20,7 @@ use tokio_postgres::{Client, RowStream, types::ToSql};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
-    change_log::{self, point_from_row},
+    change_log::{NOW, point_from_rows},
     config::Config,
     db::{self, Db},
     error::{Access, Error},
@@ -126,13 +126,13 @@ impl Session {
         );
         let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
-        let now = self.client.query_opt(change_log::NOW, &[]).await.map_err(refused)?;
+        let now = self.client.query(NOW, &[]).await.map_err(refused)?;
+        // A standby has no point; without one, whoever watches on would miss something.
+        let point = point_from_rows(&now)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;
-        // A standby has no point; without one, whoever watches on would miss something.
-        let point = now.as_ref().map(point_from_row).transpose()?.flatten();
-        Ok((point.ok_or(Error::DatabaseUnavailable)?.to_token(), rows))
+        Ok((point.to_token(), rows))
     }
 
     fn failure(&self, error: &tokio_postgres::Error) -> Error {
