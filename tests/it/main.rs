@@ -40,4 +40,5 @@ mod support;
 mod under_fire;
 mod update;
 mod watch;
+mod watch_command;
 mod watch_filters;
