@@ -21,6 +21,7 @@
 //! | [`config`] | every setting; the only one that reads the environment |
 //! | [`app`] | wires, starts and stops; what [`server`], [`group`], [`import`] and [`watch`] spawn ends with it |
 //! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
+//! | [`calls`] | a connection and its calls as one task |
 //! | [`codec`], [`service`] | how messages are read, and one that is encoded for many; the rpcs, a few lines each |
 //! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, whom a filter means and page tokens |
 //! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation; `arrays`, what those on many users take |
@@ -60,6 +61,7 @@
 pub mod app;
 mod arrays;
 pub mod batch;
+pub mod calls;
 pub mod change_log;
 pub mod cli;
 pub mod codec;

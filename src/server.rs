@@ -21,7 +21,7 @@ use hyper::{
     server::conn::http2,
     service::service_fn,
 };
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -33,6 +33,7 @@ use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
 use crate::{
+    calls::{Calls, with_calls},
     config::Config,
     error::{Error, reason},
 };
@@ -92,6 +93,7 @@ struct Shared {
     /// The first one also answers what no service has.
     services: Vec<NamedService>,
     call_timeout: Duration,
+    max_streams: Option<u32>,
     stop: CancellationToken,
 }
 
@@ -104,19 +106,10 @@ pub async fn serve(
     stop: CancellationToken,
 ) {
     let call_timeout = Duration::from_millis(config.call_timeout_ms);
-    let shared = Arc::new(Shared { services, call_timeout, stop });
+    let max_streams = u32::try_from(config.max_streams_per_connection).ok();
+    let shared = Arc::new(Shared { services, call_timeout, max_streams, stop });
     let places = Arc::new(Semaphore::new(config.max_connections));
     let max_age = Duration::from_millis(config.max_connection_age_ms);
-    let mut http = http2::Builder::new(TokioExecutor::new());
-    http.timer(TokioTimer::new())
-        .auto_date_header(false)
-        .max_concurrent_streams(u32::try_from(config.max_streams_per_connection).ok())
-        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .max_local_error_reset_streams(MAX_ERROR_RESETS)
-        .max_header_list_size(MAX_HEADER_OCTETS)
-        .max_send_buf_size(MAX_SEND_BUFFER_OCTETS)
-        .keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -137,9 +130,9 @@ pub async fn serve(
             tracing::warn!(max_connections = config.max_connections, "connection refused: too many");
             continue;
         };
-        let (http, shared) = (http.clone(), Arc::clone(&shared));
+        let shared = Arc::clone(&shared);
         connections.spawn(async move {
-            serve_connection(stream, http, shared, jittered(max_age)).await;
+            with_calls(|calls| serve_connection(stream, calls, shared, jittered(max_age))).await;
             drop(place);
         });
     }
@@ -152,12 +145,7 @@ pub async fn serve(
     connections.shutdown().await;
 }
 
-async fn serve_connection(
-    stream: TcpStream,
-    http: http2::Builder<TokioExecutor>,
-    shared: Arc<Shared>,
-    max_age: Duration,
-) {
+async fn serve_connection(stream: TcpStream, calls: Calls, shared: Arc<Shared>, max_age: Duration) {
     tokio::select! {
         greeted = time::timeout(PREFACE_TIMEOUT, greets(&stream)) => {
             if !matches!(greeted, Ok(Ok(true))) {
@@ -169,6 +157,16 @@ async fn serve_connection(
     // Small answers must not wait for the one before to be acknowledged.
     let _ = stream.set_nodelay(true);
     let service = service_fn(|request| call(Arc::clone(&shared), request).map(Ok::<_, Infallible>));
+    let mut http = http2::Builder::new(calls);
+    http.timer(TokioTimer::new())
+        .auto_date_header(false)
+        .max_concurrent_streams(shared.max_streams)
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_local_error_reset_streams(MAX_ERROR_RESETS)
+        .max_header_list_size(MAX_HEADER_OCTETS)
+        .max_send_buf_size(MAX_SEND_BUFFER_OCTETS)
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -440,6 +438,7 @@ mod tests {
         let shared = Shared {
             services: vec![named],
             call_timeout: Duration::from_secs(1),
+            max_streams: None,
             stop: CancellationToken::new(),
         };
         let ask = |path| {
