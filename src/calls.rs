@@ -44,9 +44,10 @@ impl Calls {
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Calls {
     fn execute(&self, call: F) {
-        // A panic costs this call and no other.
+        // `server.rs` answers a panic of a service; one in what is sent later costs this
+        // call and no other.
         let call = AssertUnwindSafe(call).catch_unwind().map(drop);
-        // Whoever receives them lives as long as the connection.
+        // They are received for as long as the connection is polled.
         let _ = self.0.send(call.boxed());
     }
 }
