@@ -173,6 +173,17 @@ impl Db {
         }
     }
 
+    /// Closes the idle connections if statements are stale: all others are as old, and the
+    /// next one is not.
+    pub(crate) fn renew_if_stale(&self, error: &tokio_postgres::Error) -> bool {
+        let is_stale = is_stale_statement(error);
+        if is_stale {
+            tracing::warn!(error = describe(error), "statements are stale");
+            self.pool.retain(|_, _| false);
+        }
+        is_stale
+    }
+
     /// A connection to keep, with everything prepared. It is none of the pool's any more.
     pub(crate) async fn own_connection(&self) -> anyhow::Result<ClientWrapper> {
         Ok(Object::take(self.pool.get().await?))
@@ -255,10 +266,7 @@ impl Connection<'_> {
         if !is_reusable(&error) {
             self.discard();
         }
-        if is_stale_statement(&error) {
-            tracing::warn!(error = describe(&error), "statements are stale");
-            // All others are as old, and the next one is not.
-            self.db.pool.retain(|_, _| false);
+        if self.db.renew_if_stale(&error) {
             return Err(Error::DatabaseUnavailable);
         }
         let meaning = Error::from_postgres(&error, access);

@@ -125,6 +125,9 @@ impl Feed {
             self.somebody_watches(&mut published).await;
             let begun = Instant::now();
             let Err(error) = self.publish_from(&mut published).await;
+            if let Some(error) = error.downcast_ref() {
+                self.db.renew_if_stale(error);
+            }
             // An attempt that fails at once, while PostgreSQL is away, is no news.
             if begun.elapsed() > RECONNECT_DELAY {
                 tracing::warn!(error = describe(error.as_ref()), "the change feed is interrupted");

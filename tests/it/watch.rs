@@ -760,6 +760,32 @@ async fn a_quiet_feed_says_so_now_and_then() {
 }
 
 #[tokio::test]
+async fn whoever_is_ahead_of_rounds_that_are_late_hears_that_the_feed_lives() {
+    // One of the transactions to so many watchers takes longer than the feed may be silent.
+    const TRANSACTIONS: usize = 6;
+    const USERS_EACH: usize = 3_000;
+    const WATCHERS: usize = 60;
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let token = Watch::from_now(&mut client).await.token;
+    // On another connection, since they do not read.
+    let mut others = server.client().await;
+    let mut watches = Vec::new();
+    for _ in 0..WATCHERS {
+        watches.push(Watch::from_now(&mut others).await);
+    }
+    insert(&database, &"x".repeat(1_000), TRANSACTIONS as u32, USERS_EACH as u32).await;
+    let mut ahead = Watch::resumed(&mut client, &token).await.unwrap();
+    ahead.changes(TRANSACTIONS * USERS_EACH).await;
+    let sign = ahead.message().await.unwrap();
+    // No bookmark: there could be changes that the rounds do not have yet.
+    assert!(sign.changes.is_empty() && !sign.bookmark);
+    let id = created(&mut client, "alice").await.id;
+    let mut resumed = Watch::resumed(&mut client, &ahead.token).await.unwrap();
+    assert_eq!(resumed.changes(1).await[0].id, id);
+}
+
+#[tokio::test]
 async fn a_server_that_stops_ends_its_watches_with_a_token_that_others_take() {
     let (mut one, database) = server().await;
     let two = Server::start(&database, &[]).await;
