@@ -42,9 +42,9 @@ pub enum Command {
         /// The name to ask for: empty or `users.v1.UserService` for readiness, `liveness` for life.
         #[arg(long, default_value = "")]
         service: String,
-        /// Where it listens [default: LISTEN_ADDR, on this machine]
+        /// The service, as HOST:PORT [default: LISTEN_ADDR, on this machine]
         #[arg(long)]
-        addr: Option<SocketAddr>,
+        addr: Option<String>,
     },
     /// Import users from a file into a running service; exit 1 if a line was refused.
     Import(cli::import::Import),
@@ -67,7 +67,7 @@ pub struct Config {
     pub listen_addr: SocketAddr,
 
     /// Where the private PostgreSQL keeps its data [default:
-    /// /var/lib/user-service for root, else ~/.local/share/user-service].
+    /// /var/lib/user-service for root, else user-service in $XDG_DATA_HOME or ~/.local/share].
     #[arg(long, env, global = true)]
     pub data_dir: Option<PathBuf>,
 
@@ -75,19 +75,20 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 10, value_parser = range::<usize>(1, 200))]
     pub pool_size: usize,
 
-    /// How long a call waits for a connection before it is refused.
+    /// How long a statement waits for a connection before its calls are refused.
     #[arg(long, env, global = true, default_value_t = 5_000, value_parser = range::<u64>(1, 600_000))]
     pub pool_wait_timeout_ms: u64,
 
-    /// Calls that may wait for a connection; more are refused at once.
+    /// Calls that may wait for a connection, and for the next shared statement of each
+    /// kind; more are refused at once.
     #[arg(long, env, global = true, default_value_t = 1_024, value_parser = range::<usize>(1, 1_000_000))]
     pub max_waiting_calls: usize,
 
-    /// How long a call may take, whatever its own deadline.
+    /// How long a call may take, whatever its own deadline; of a stream, each statement.
     #[arg(long, env, global = true, default_value_t = 30_000, value_parser = range::<u64>(1, 600_000))]
     pub call_timeout_ms: u64,
 
-    /// Client connections, at most; more are closed at once.
+    /// Client connections, at most, those of probes too; more are closed at once.
     #[arg(long, env, global = true, default_value_t = 1_024, value_parser = range::<usize>(1, 100_000))]
     pub max_connections: usize,
 
@@ -105,7 +106,7 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 2_000, value_parser = range::<u64>(0, 600_000))]
     pub drain_delay_ms: u64,
 
-    /// After the drain delay: how long running calls may take to finish.
+    /// After the drain delay: how long calls under way may take to finish.
     #[arg(long, env, global = true, default_value_t = 20_000, value_parser = range::<u64>(0, 600_000))]
     pub shutdown_grace_ms: u64,
 
@@ -122,10 +123,11 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 4, value_parser = range::<usize>(1, 100))]
     pub max_exports: usize,
 
-    /// How long an export may take: until then, PostgreSQL cannot clean up what was
-    /// deleted meanwhile.
+    /// How long an export may take: until then, PostgreSQL cannot remove what is changed
+    /// or deleted meanwhile.
     #[arg(long, env, global = true, default_value_t = 900_000, value_parser = range::<u64>(1, 86_400_000))]
     pub export_timeout_ms: u64,
+
     /// How long the change log is kept: how far back a watch can be resumed.
     #[arg(long, env, global = true, default_value_t = 168, value_parser = range::<u32>(1, 87_600))]
     pub change_retention_hours: u32,

@@ -9,8 +9,9 @@
 //!
 //! The statement of a group does what is plain. A call that it leaves out, for
 //! whatever reason (a conflict, a retry, a wrong revision), is run alone by its own
-//! caller, as if there were no groups. So is every member of a group that fails as
-//! a whole. Thus the answer to a call is always what it would have got alone.
+//! caller, as if there were no groups. So is every member of a group whose statement
+//! failed and so did nothing. Thus the answer to a call is always one that it could
+//! have got alone; but what breaks a connection, or takes too long, is all members' loss.
 
 use std::{
     collections::{HashSet, VecDeque},

@@ -48,9 +48,9 @@ async fn with_log(config: &Config, work: impl Future<Output = anyhow::Result<()>
 }
 
 /// Succeeds if the service that listens there says SERVING.
-async fn check(config: &Config, service: String, addr: Option<std::net::SocketAddr>) -> anyhow::Result<()> {
+async fn check(config: &Config, service: String, addr: Option<String>) -> anyhow::Result<()> {
     const TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
-    let addr = addr.unwrap_or_else(|| config.local_addr());
+    let addr = addr.unwrap_or_else(|| config.local_addr().to_string());
     let endpoint = tonic::transport::Endpoint::try_from(format!("http://{addr}"))?
         .timeout(TIMEOUT)
         .connect_timeout(TIMEOUT);

@@ -16,7 +16,8 @@ LIBRARIES = (
     "aiopg", "psycopg2-binary", "SQLAlchemy", "grpcio", "protobuf",
 )
 
-# What the notes claim for asyncpg. They do not say with how many connections.
+# What the notes that this service began with claim for asyncpg. They do not say with how
+# many connections.
 CLAIMED = {"get": "50,000–100,000", "create": "10,000–30,000"}
 
 
@@ -58,7 +59,7 @@ def table(stacks: list[Stack]) -> str:
     for stack in stacks:
         lines.append([stack.name, *figures(stack, baseline, len(header) - 1)])
         if stack.name == ALONE:
-            lines.append(["*the notes, of asyncpg*", "", "", CLAIMED["get"], "", "", CLAIMED["create"], *[""] * 4])
+            lines.append(["*asyncpg, as claimed*", "", "", CLAIMED["get"], "", "", CLAIMED["create"], *[""] * 4])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -80,7 +81,8 @@ def ratio(over: float, under: float) -> str:
 
 
 def ten_at_once(stacks: list[Stack], waits: Waits | None) -> str:
-    lines = ["The notes claim tenfold for concurrent over serial calls.", ""]
+    lines = ["What this service began with were notes that claim so much for asyncpg, as in the table, and tenfold for "
+        "concurrent over serial calls.", ""]
     if waits:
         lines.append(
             f"- {BASELINE}, ten calls that each wait {waits.each_s:g} s in the database (`select pg_sleep(…)`): "
@@ -111,7 +113,7 @@ def notes(stacks: list[Stack]) -> str:
         "where the others take the lower case. In return it needs no round trips for the transaction, and its ids are "
         "UUIDs of version 7, which an index likes better than theirs of version 4.",
         f"*{ALONE}* has neither HTTP nor JSON: {CONNECTIONS[-1]} tasks in one process call the pool, nothing else. It "
-        "is what the figures of a driver, and so those of the notes, are about.",
+        "is what the figures of a driver, and so what is claimed, are about.",
         "Each stack gets its own copy of the database, and the others do not run meanwhile. psycopg2 blocks, so its "
         "functions run in as many threads as it has connections.",
         "The load comes from [wrk](https://github.com/wg/wrk) for HTTP, of which only answers with a status of 2xx "

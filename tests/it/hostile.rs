@@ -325,6 +325,7 @@ async fn send(
     server: &Server,
     path: &str,
     content_type: &str,
+    encoding: &str,
     timeout: &str,
     bytes: Vec<u8>,
 ) -> (u16, HeaderMap) {
@@ -332,6 +333,7 @@ async fn send(
     let request = Request::post(format!("http://{}{path}", server.addr))
         .header("content-type", content_type)
         .header("te", "trailers")
+        .header("grpc-encoding", encoding)
         .header("grpc-timeout", timeout)
         .body(Full::new(bytes::Bytes::from(bytes)))
         .unwrap();
@@ -371,12 +373,14 @@ async fn messages_that_are_none_are_refused_and_the_connection_goes_on() {
         ("a timeout without a number", GET, GRPC, "\u{fc}", framed(b""), invalid),
     ];
     for (what, path, content_type, timeout, bytes, code) in cases {
-        let (_, headers) = send(&server, path, content_type, timeout, bytes).await;
+        let (_, headers) = send(&server, path, content_type, "identity", timeout, bytes).await;
         let status = headers.get("grpc-status").unwrap_or_else(|| panic!("{what}: {headers:?}"));
         assert_eq!(status.to_str().unwrap(), code.to_string(), "{what}: {headers:?}");
         assert_eq!(headers.contains_key("grpc-status-details-bin"), code == invalid, "{what}");
     }
-    let (status, _) = send(&server, GET, "application/json", "1S", b"{}".to_vec()).await;
+    let (_, headers) = send(&server, GET, GRPC, "gzip", "1S", framed(b"")).await;
+    assert_eq!(headers.get("grpc-status").unwrap(), "12", "{headers:?}");
+    let (status, _) = send(&server, GET, "application/json", "identity", "1S", b"{}".to_vec()).await;
     assert_eq!(status, 415);
     created(&mut server.client().await, "alice").await;
 }
@@ -390,7 +394,7 @@ async fn a_message_of_very_many_very_small_elements_is_refused_before_it_takes_m
     for (rpc, tag) in lists {
         let path = format!("/users.v1.UserService/{rpc}");
         let message = framed(&[tag, 0].repeat((4 << 20) / 2 - 8));
-        let (_, headers) = send(&server, &path, "application/grpc", "9S", message).await;
+        let (_, headers) = send(&server, &path, "application/grpc", "identity", "9S", message).await;
         let status = Status::from_header_map(&headers).unwrap();
         let status = assert_refused(Err::<(), _>(status), Code::InvalidArgument, "BATCH_TOO_LARGE");
         assert_eq!(violations(&status)[0].0, "request");

@@ -1,6 +1,9 @@
 //! Settings are read once, and wrong ones reported together.
 
-use std::process::Command;
+use std::{collections::HashMap, ffi::OsStr, process::Command};
+
+use clap::CommandFactory;
+use user_service::config::Cli;
 
 fn run(args: &[&str], settings: &[(&str, &str)]) -> (bool, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
@@ -35,19 +38,20 @@ fn a_database_that_must_be_reached_by_tls_is_refused_rather_than_reached_without
 }
 
 #[test]
-fn help_is_the_reference_and_says_nothing_of_the_environment() {
+fn help_and_readme_have_every_setting_and_help_says_nothing_of_the_environment() {
     let (is_ok, help, _) = run(&["--help"], &[("DATABASE_URL", "postgres://user:zqzqpassword@host/db")]);
     assert!(is_ok && !help.contains("zqzq"));
-    for name in [
-        "DATABASE_URL",
-        "LISTEN_ADDR",
-        "DATA_DIR",
-        "POOL_SIZE",
-        "DRAIN_DELAY_MS",
-        "SHUTDOWN_GRACE_MS",
-        "RUST_LOG",
-        "LOG_FORMAT",
-    ] {
+    let mut rows: HashMap<_, _> = include_str!("../../README.md")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once('`'))
+        .collect();
+    for setting in Cli::command().get_arguments() {
+        let Some(name) = setting.get_env().and_then(OsStr::to_str) else { continue };
         assert!(help.contains(&format!("[env: {name}")), "{name}");
+        let row = rows.remove(name).expect(name);
+        for default in setting.get_default_values() {
+            assert!(row.contains(default.to_str().unwrap()), "{name}: {row}");
+        }
     }
+    assert!(rows.is_empty(), "{rows:?}");
 }
