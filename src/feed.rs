@@ -11,7 +11,7 @@ use std::{
 
 use prost::Message;
 use tokio::{
-    sync::{Notify, Semaphore, broadcast},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast},
     time,
 };
 use tokio_postgres::Row;
@@ -28,19 +28,18 @@ use crate::{
     telemetry::describe,
 };
 
-/// Changes in a round. Those of a transaction are read together, so there can be more.
+/// Changes in a round, and those that somebody who is behind is given at a time. Those of a
+/// transaction are read together, so there can be more.
 const ROUND_SIZE: usize = 500;
-/// Changes that somebody who is behind is given at a time: many, since to ask for them
-/// costs the same however many they are. They take a MiB, or five if users are as large as
-/// they can be.
-const MISSED_SIZE: usize = 4000;
+/// Some of those who are behind are given more, since to ask for them costs the same however
+/// many they are. They take a MiB, or five if users are as large as they can be.
+const FAST_SIZE: usize = 4000;
 /// Rounds that are kept for watchers that are not as fast as others.
 const ROUNDS_KEPT: usize = 64;
 /// Those who are behind take turns in reading, so that calls find connections.
 const READING_AT_ONCE: usize = 2;
-/// So many of them have the next changes read while their client still takes the ones
-/// before: it may take its time, and keeps that memory meanwhile.
-const AHEAD_AT_ONCE: usize = 8;
+/// So few are fast, because a client may take its time, and keeps that memory meanwhile.
+const FAST_AT_ONCE: usize = 8;
 /// After a batch was published: how long the next one gathers, at least, and what each
 /// watcher adds, since each delivery costs something however small it is.
 const GATHER_TIME: Duration = Duration::from_millis(5);
@@ -69,8 +68,7 @@ pub struct Feed {
     /// For those who watch.
     pub places: Places,
     reading: Semaphore,
-    /// For those whose next changes are read ahead.
-    pub ahead: Arc<Semaphore>,
+    fast: Arc<Semaphore>,
 }
 
 impl Feed {
@@ -82,7 +80,7 @@ impl Feed {
             arrivals: Notify::new(),
             places: Places::new("watches", config.max_watchers),
             reading: Semaphore::new(READING_AT_ONCE),
-            ahead: Arc::new(Semaphore::new(AHEAD_AT_ONCE)),
+            fast: Arc::new(Semaphore::new(FAST_AT_ONCE)),
         }
     }
 
@@ -109,11 +107,17 @@ impl Feed {
         list::walk(&self.db, page).await
     }
 
+    /// A permit to be fast while behind, if there is one.
+    pub fn be_fast(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.fast).try_acquire_owned().ok()
+    }
+
     /// The changes behind a point, for somebody who is behind the rounds.
-    pub async fn read(&self, from: Point) -> Result<Behind, Error> {
+    pub async fn read(&self, from: Point, is_fast: bool) -> Result<Behind, Error> {
         let _turn = self.reading.acquire().await;
         let mut connection = self.db.connection().await?;
-        let behind = change_log::read(connection.busy().ok_or(Error::Internal)?, from, MISSED_SIZE).await;
+        let size = if is_fast { FAST_SIZE } else { ROUND_SIZE };
+        let behind = change_log::read(connection.busy().ok_or(Error::Internal)?, from, size).await;
         connection.finish(Access::Read, behind)?
     }
 

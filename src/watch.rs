@@ -3,8 +3,8 @@
 //!
 //! A watch that keeps up has no task and no connection: nothing happens unless its client
 //! reads. Who reads too slowly for the rounds finds that some are gone, and reads what
-//! they had from the log. While the client takes one batch of that, a task may read the
-//! next one, and never more than that one.
+//! they had from the log. A few at a time do that fast: in large batches, and while the
+//! client takes one of them, a task reads the next one, and never more than that one.
 
 use std::{mem, sync::Arc, time::Instant, vec};
 
@@ -43,6 +43,8 @@ pub struct Watcher {
     sent: Instant,
     /// What is at hand for the client.
     messages: vec::IntoIter<Encoded>,
+    /// While it is behind the rounds, and one of those who may be fast.
+    fast: Option<OwnedSemaphorePermit>,
     /// What comes then.
     next: Next,
     _place: OwnedSemaphorePermit,
@@ -54,8 +56,8 @@ enum Next {
     Users(Page),
     /// What is in the log behind the point, as soon as the client asks for it.
     Missed,
-    /// The same, which a task reads; and, if it reads ahead, the permit for that.
-    Reading(JoinSet<Result<Behind, Error>>, Option<OwnedSemaphorePermit>),
+    /// The same, which a task reads.
+    Reading(JoinSet<Result<Behind, Error>>),
     /// A round.
     Round,
 }
@@ -66,10 +68,14 @@ impl Watcher {
         let place = feed.places.take()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
+        let mut fast = None;
         // This is where it turns out whether the token is good.
         let (point, missed) = match (watch.point, &watch.initial_state) {
             (None, _) => (feed.now().await?, None),
-            (Some(point), None) => (point.clone(), Some(feed.read(point).await?)),
+            (Some(point), None) => {
+                fast = feed.be_fast();
+                (point.clone(), Some(feed.read(point, fast.is_some()).await?))
+            }
             (Some(point), Some(_)) => {
                 feed.check(&point).await?;
                 (point, None)
@@ -77,7 +83,7 @@ impl Watcher {
         };
         let (sent, messages) = (Instant::now(), Vec::new().into_iter());
         let (filter, next) = (watch.filter, Next::Round);
-        let mut watcher = Self { feed, filter, rounds, point, sent, messages, next, _place: place };
+        let mut watcher = Self { feed, filter, rounds, point, sent, messages, fast, next, _place: place };
         if let Some(page) = watch.initial_state {
             watcher.next = Next::Users(page);
             return Ok(watcher);
@@ -119,13 +125,18 @@ impl Watcher {
             }
             match mem::replace(&mut self.next, Next::Round) {
                 Next::Users(page) => self.users(page).await?,
-                Next::Missed => self.next = self.reading(None),
-                Next::Reading(mut reading, ahead) => {
+                Next::Missed => {
+                    self.fast = self.fast.take().or_else(|| self.feed.be_fast());
+                    self.next = self.reading();
+                }
+                Next::Reading(mut reading) => {
                     let missed = reading.join_next().await.ok_or(Error::Internal)?;
-                    drop(ahead);
                     self.send(missed.map_err(|_| Error::Internal)??).await?;
                 }
-                Next::Round => self.round().await?,
+                Next::Round => {
+                    self.fast = None;
+                    self.round().await?;
+                }
             }
         }
     }
@@ -139,11 +150,10 @@ impl Watcher {
     /// read meanwhile.
     async fn send(&mut self, missed: Behind) -> Result<(), Error> {
         self.point.clone_from(&missed.upto);
-        self.next = if missed.is_all {
-            Next::Round
-        } else {
-            let ahead = Arc::clone(&self.feed.ahead).try_acquire_owned();
-            ahead.map_or(Next::Missed, |ahead| self.reading(Some(ahead)))
+        self.next = match &self.fast {
+            _ if missed.is_all => Next::Round,
+            Some(_) => self.reading(),
+            None => Next::Missed,
         };
         // That task would wait for this one, and PostgreSQL with it.
         task::yield_now().await;
@@ -155,13 +165,13 @@ impl Watcher {
     }
 
     /// Begins to read what is in the log behind the point.
-    fn reading(&mut self, ahead: Option<OwnedSemaphorePermit>) -> Next {
+    fn reading(&mut self) -> Next {
         // Rounds from now on: those before are in the log.
         self.rounds = self.feed.rounds();
-        let (feed, point) = (Arc::clone(&self.feed), self.point.clone());
+        let (feed, point, is_fast) = (Arc::clone(&self.feed), self.point.clone(), self.fast.is_some());
         let mut reading = JoinSet::new();
-        reading.spawn(async move { feed.read(point).await });
-        Next::Reading(reading, ahead)
+        reading.spawn(async move { feed.read(point, is_fast).await });
+        Next::Reading(reading)
     }
 
     /// The next users of the initial state. Behind the last ones come the changes that

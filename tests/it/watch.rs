@@ -549,25 +549,30 @@ async fn who_does_not_read_is_in_nobodys_way_and_catches_up() {
 }
 
 #[tokio::test]
-async fn those_who_stall_while_they_catch_up_are_in_nobodys_way() {
+async fn those_who_stall_while_they_catch_up_are_in_nobodys_way_and_take_little_memory() {
     const USERS: usize = 6_000;
-    // More than those for whom the service reads ahead.
-    const STALLED: usize = 10;
+    // Many more than those who may be fast.
+    const STALLED: usize = 100;
     let (server, database) = server().await;
     let mut client = server.client().await;
     let token = Watch::from_now(&mut client).await.token;
     insert(&database, "user", 10, USERS as u32 / 10).await;
+    let before = server.memory();
     let mut stalled = Vec::new();
     for _ in 0..STALLED {
         let mut watch = Watch::resumed(&mut narrow_client(&server).await, &token).await.unwrap();
         let seen = watch.message().await.unwrap().changes.len();
         stalled.push((watch, seen));
     }
+    // What each has missed takes more than a MiB, and large batches of that 80 MiB.
+    let growth = server.memory() - before;
+    assert!(growth < 48 << 20, "{growth}");
     let mut ids = HashSet::new();
     let mut watch = Watch::resumed(&mut client, &token).await.unwrap();
     ids.extend(watch.changes(USERS).await.into_iter().filter_map(|change| change.user).map(|user| user.id));
     assert_eq!(ids.len(), USERS);
-    for (mut watch, seen) in stalled {
+    // Fast ones and others.
+    for (mut watch, seen) in stalled.into_iter().take(12) {
         watch.changes(USERS - seen).await;
     }
 }
