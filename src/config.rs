@@ -88,6 +88,11 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 30_000, value_parser = range::<u64>(1, 600_000))]
     pub call_timeout_ms: u64,
 
+    /// How long a statement waits for a row that another transaction has locked, before its
+    /// call is refused as TRANSACTION_CONFLICT.
+    #[arg(long, env, global = true, default_value_t = 1_000, value_parser = range::<u64>(1, 600_000))]
+    pub lock_timeout_ms: u64,
+
     /// Client connections, at most, those of probes too; more are closed at once.
     #[arg(long, env, global = true, default_value_t = 1_024, value_parser = range::<usize>(1, 100_000))]
     pub max_connections: usize,

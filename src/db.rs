@@ -84,7 +84,7 @@ impl Db {
         // Fast: a connection that broke is known to be closed without asking.
         let recycling_method = RecyclingMethod::Fast;
         let manager = Manager::from_config(postgres, NoTls, ManagerConfig { recycling_method });
-        let session: Arc<str> = session_settings(config.call_timeout_ms).into();
+        let session: Arc<str> = session_settings(config.call_timeout_ms, config.lock_timeout_ms).into();
         let statements: Arc<[&str]> = statements.into();
         let pool = Pool::builder(manager)
             .max_size(config.pool_size)
@@ -314,10 +314,12 @@ pub async fn cancel_abandoned(abandoned: Abandoned) {
 /// one that the tests look at, made when nothing is known yet of how large the
 /// tables will be: so it goes by indexes. What it is thought to cost is then of no
 /// meaning, and must not have statements compiled. A backend whose client has gone
-/// stops.
-pub fn session_settings(timeout_ms: u64) -> String {
+/// stops. A statement that waits for a lock keeps its connection, so it must not wait
+/// long: a row that somebody keeps locked would take the whole pool.
+pub fn session_settings(timeout_ms: u64, lock_timeout_ms: u64) -> String {
     format!(
         "set statement_timeout = {timeout_ms};
+         set lock_timeout = {lock_timeout_ms};
          set idle_in_transaction_session_timeout = {timeout_ms};
          set client_connection_check_interval = 1000;
          set plan_cache_mode = force_generic_plan;

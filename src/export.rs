@@ -114,7 +114,8 @@ const ALL_LIVE: &str = concat!("select ", user_columns!(), " from users where de
 impl Session {
     /// Takes the snapshot; returns its watch token, and the users that it has.
     async fn begin(&self, export: &Export) -> Result<(String, RowStream), Error> {
-        let settings = db::session_settings(u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX));
+        let timeout_ms = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
+        let settings = db::session_settings(timeout_ms, timeout_ms);
         // Whoever wants the whole table has it twice as fast without an index.
         let (scan, sql, params) = match export {
             Export::All { include_deleted: true } => ("on", ALL, Vec::new()),

@@ -218,7 +218,7 @@ async fn write_groups(cluster: &Cluster, database: &Database) -> anyhow::Result<
     let (_, after) = log.split_once(")\nselect").context("nothing behind the log")?;
     let unlogged = format!("{before}\nselect{after}");
     let session = cluster.connect(database).await?;
-    session.client.batch_execute(&session_settings(0)).await?;
+    session.client.batch_execute(&session_settings(0, 0)).await?;
     let statements = [session.client.prepare(&unlogged).await?, session.client.prepare(logged).await?];
     let mut random = fastrand::Rng::new();
     let mut took = [Duration::ZERO; 2];

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::future::{join, join_all};
 use tonic::Code;
 use tonic_types::StatusExt;
 use user_service::pb;
@@ -102,7 +103,7 @@ async fn who_finds_the_line_full_is_turned_away_at_once_and_who_waits_too_long_t
             started.elapsed()
         }
     });
-    let waits = futures_util::future::join_all(calls).await;
+    let waits = join_all(calls).await;
     let at_once = waits.iter().filter(|wait| **wait < Duration::from_secs(3)).count();
     // Two lanes and a line of two wait for the only connection; nobody else does.
     assert!((14..20).contains(&at_once), "{waits:?}");
@@ -110,6 +111,32 @@ async fn who_finds_the_line_full_is_turned_away_at_once_and_who_waits_too_long_t
     holder.batch_execute("rollback").await.unwrap();
     stuck.await.unwrap().unwrap();
     assert_eq!(client.get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap().revision, 2);
+}
+
+#[tokio::test]
+async fn a_row_that_somebody_keeps_locked_does_not_take_the_pool() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("POOL_SIZE", "2"), ("LOCK_TIMEOUT_MS", "100")]).await;
+    let (id, holder) = locked(&server, &database).await;
+    let client = server.patient_client();
+    let writers = (0..20).map(|n| {
+        let (mut client, id) = (client.clone(), id.clone());
+        async move {
+            let request = pb::UpdateUserRequest { validate_only: n % 2 == 0, ..rename(&id, "New") };
+            let answer = client.update_user(request).await;
+            let status = assert_refused(answer, Code::Aborted, "TRANSACTION_CONFLICT");
+            assert!(status.get_error_details().retry_info().is_some());
+        }
+    });
+    let reader = async {
+        for _ in 0..20 {
+            client.clone().get_user(by_id(&id)).await.unwrap();
+        }
+    };
+    join(join_all(writers), reader).await;
+    holder.batch_execute("rollback").await.unwrap();
+    let user = client.clone().update_user(rename(&id, "New")).await.unwrap().into_inner().user.unwrap();
+    assert_eq!(user.revision, 2);
 }
 
 #[tokio::test]

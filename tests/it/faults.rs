@@ -209,22 +209,6 @@ async fn a_connection_that_cannot_write_any_more_is_replaced() {
 }
 
 #[tokio::test]
-async fn who_cannot_have_a_lock_in_time_is_told_to_try_again() {
-    let (server, database) = server().await;
-    let mut client = server.client().await;
-    let id = created(&mut client, "alice").await.id;
-    let holder = database.connect().await;
-    let impatient = format!("alter database {} set lock_timeout = 100", database.name);
-    holder.batch_execute(&impatient).await.unwrap();
-    terminate_backends(&database).await;
-    eventually("new connections", async || client.get_user(by_id(&id)).await.ok().map(drop)).await;
-    holder.batch_execute("begin; select from users for update").await.unwrap();
-    let answer = client.update_user(rename(&id, "New")).await;
-    let status = assert_refused(answer, Code::Aborted, "TRANSACTION_CONFLICT");
-    assert!(status.get_error_details().retry_info().is_some());
-}
-
-#[tokio::test]
 async fn the_database_stops_and_starts_under_load_and_no_acknowledged_write_is_lost() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let postgres = Embedded::start(dir.path()).await.unwrap();

@@ -185,6 +185,8 @@ impl Server {
         command.env_clear().envs(std::env::var("PATH").map(|path| ("PATH", path)));
         // Everything is logged in the tests, to see that nothing is in it.
         command.env("RUST_LOG", "trace").env("LISTEN_ADDR", "127.0.0.1:0").env("DRAIN_DELAY_MS", "0");
+        // Many tests hold a row until they have seen who waits for it.
+        command.env("LOCK_TIMEOUT_MS", "60000");
         // The whole suite can be run without grouping; the answers are the same.
         command.envs(std::env::var("GROUPING").map(|grouping| ("GROUPING", grouping)));
         command.envs(settings.iter().copied()).stderr(log.reopen().unwrap());
