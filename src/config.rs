@@ -123,6 +123,10 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 16, value_parser = range::<usize>(1, 1_000))]
     pub max_imports: usize,
 
+    /// How long an import may say nothing before it is ended; it can be continued.
+    #[arg(long, env, global = true, default_value_t = 300_000, value_parser = range::<u64>(1, 86_400_000))]
+    pub import_idle_timeout_ms: u64,
+
     /// Exports under way at once; more are refused. Each has a connection to
     /// PostgreSQL beside the pool.
     #[arg(long, env, global = true, default_value_t = 4, value_parser = range::<usize>(1, 100))]

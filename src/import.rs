@@ -45,6 +45,7 @@ pub struct Imports {
     places: Places,
     /// All imports together write with no more than half of the pool.
     turns: Arc<Semaphore>,
+    idle_timeout: Duration,
     tasks: TaskTracker,
 }
 
@@ -53,7 +54,8 @@ impl Imports {
     pub fn new(db: Arc<Db>, config: &Config, tasks: TaskTracker) -> Self {
         let places = Places::new("imports", config.max_imports);
         let turns = Arc::new(Semaphore::new(config.pool_size.div_ceil(2)));
-        Self { db, places, turns, tasks }
+        let idle_timeout = Duration::from_millis(config.import_idle_timeout_ms);
+        Self { db, places, turns, idle_timeout, tasks }
     }
 
     /// Writes chunks and acknowledges each, in their order; the first error is the
@@ -65,6 +67,7 @@ impl Imports {
         let import = Import {
             db: Arc::clone(&self.db),
             turns: Arc::clone(&self.turns),
+            idle_timeout: self.idle_timeout,
             tasks: self.tasks.clone(),
             chunks: chunks.fuse(),
             next: None,
@@ -83,6 +86,8 @@ impl Imports {
 struct Import {
     db: Arc<Db>,
     turns: Arc<Semaphore>,
+    /// How long the client may say nothing: its place is one of few.
+    idle_timeout: Duration,
     tasks: TaskTracker,
     chunks: Fuse<BoxStream<'static, Result<Chunk, Error>>>,
     /// What is written next.
@@ -99,12 +104,16 @@ impl Import {
     async fn next_ack(&mut self) -> Result<Option<pb::ImportUsersResponse>, Error> {
         loop {
             self.write_next();
+            let may_say_more = self.next.is_none() && !self.chunks.is_done();
             tokio::select! {
                 Some(ack) = self.writing.next() => {
                     self.written.pop_front();
                     return ack.map_err(|_| Error::Internal)?.map(Some);
                 }
-                Some(chunk) = self.chunks.next(), if self.next.is_none() => self.next = Some(chunk),
+                chunk = self.chunks.next(), if may_say_more => self.next = chunk,
+                () = time::sleep(self.idle_timeout), if may_say_more && self.writing.is_empty() => {
+                    return Err(Error::DeadlineExceeded);
+                }
                 else => return self.next.take().transpose().map(|_| None),
             }
         }

@@ -585,6 +585,21 @@ async fn imports_beyond_the_limit_are_refused_and_name_it() {
 }
 
 #[tokio::test]
+async fn an_import_that_says_nothing_for_long_is_ended_and_makes_room() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("MAX_IMPORTS", "1"), ("IMPORT_IDLE_TIMEOUT_MS", "200")]).await;
+    let mut client = server.client().await;
+    for number in 1..=2 {
+        let first =
+            chunk(&new_request_id(), 1, ImportMode::CreateOnly, some_users(&format!("c{number}n"), 5));
+        let chunks = stream::iter([first]).chain(stream::pending());
+        let mut acks = client.import_users(chunks).await.unwrap().into_inner();
+        assert_eq!(acks.message().await.unwrap().unwrap().created, 5);
+        assert_refused(acks.message().await, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    }
+}
+
+#[tokio::test]
 async fn a_server_that_stops_never_says_that_an_import_is_complete() {
     let database = Database::migrated().await;
     let id = new_request_id();
