@@ -29,6 +29,7 @@ use tokio_postgres::{
     error::{DbError, SqlState},
     types::ToSql,
 };
+use tokio_util::task::TaskTracker;
 
 use crate::{
     config::Config,
@@ -40,11 +41,13 @@ use crate::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Asking PostgreSQL to cancel a statement.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection is replaced when it is this old, so that connections spread over
+/// A connection is closed when it is this old, so that connections spread over
 /// what stands behind the address, and a backend's memory does not only grow.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
-/// How often to look for such.
+/// How often to look for such, and which part of all is closed at a time, so that calls
+/// find others.
 const RETIRE_INTERVAL: Duration = Duration::from_secs(60);
+const RETIRED_PART: usize = 10;
 /// Whoever waits longer for a table lock in a migration stands in the way of all.
 pub const MIGRATION_LOCK_TIMEOUT_MS: u32 = 5_000;
 /// How often a replica looks whether another one has finished migrating.
@@ -61,6 +64,8 @@ pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 pub struct Db {
     pool: Pool,
     max_waiting: usize,
+    /// In which connections are opened.
+    tasks: TaskTracker,
     /// Connections whose statement nobody waits for any more.
     abandoned: mpsc::UnboundedSender<Object>,
     /// Set once the schema is there; calls that come earlier are refused.
@@ -80,6 +85,7 @@ impl Db {
         config: &Config,
         postgres: tokio_postgres::Config,
         statements: &[&'static str],
+        tasks: TaskTracker,
     ) -> anyhow::Result<(Self, Abandoned)> {
         // Fast: a connection that broke is known to be closed without asking.
         let recycling_method = RecyclingMethod::Fast;
@@ -112,6 +118,7 @@ impl Db {
         let db = Self {
             pool,
             max_waiting: config.max_waiting_calls,
+            tasks,
             abandoned,
             is_migrated: AtomicBool::new(false),
             committed: Notify::new(),
@@ -159,10 +166,20 @@ impl Db {
     /// A connection on loan, for several statements.
     pub(crate) async fn connection(&self) -> Result<Connection<'_>, Error> {
         self.ensure_migrated()?;
-        if self.pool.status().waiting >= self.max_waiting {
+        let status = self.pool.status();
+        if status.waiting >= self.max_waiting {
             return Err(Error::Overloaded);
         }
-        match self.pool.get().await {
+        let got = if status.available == 0 && status.size < status.max_size {
+            // A call that runs out of time must not take with it what it has begun to
+            // open: there might never be a connection again.
+            let pool = self.pool.clone();
+            let opened = self.tasks.spawn(async move { pool.get().await });
+            opened.await.map_err(|_| Error::Internal)?
+        } else {
+            self.pool.get().await
+        };
+        match got {
             Ok(object) => Ok(Connection { object: Some(object), is_idle: true, db: self }),
             Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Overloaded),
             Err(error) => {
@@ -207,7 +224,12 @@ impl Db {
     pub async fn retire_connections(&self) {
         loop {
             time::sleep(RETIRE_INTERVAL).await;
-            self.pool.retain(|_, metrics| metrics.age() < MAX_CONNECTION_AGE);
+            let mut left = self.pool.status().max_size.div_ceil(RETIRED_PART);
+            self.pool.retain(|_, metrics| {
+                let stays = left == 0 || metrics.age() < MAX_CONNECTION_AGE;
+                left -= usize::from(!stays);
+                stays
+            });
         }
     }
 

@@ -1,7 +1,7 @@
 //! Calls that arrive while a statement is under way share the next one.
 //!
 //! A *lane* is the right to run a statement. A call that finds a free lane takes
-//! it and runs alone, in its own task, at once: an idle service waits for nobody.
+//! it and runs alone, where it is, at once: an idle service waits for nobody.
 //! A call that finds all lanes taken waits in line. When a lane comes back while
 //! calls wait, everything that waits, up to a bound, is run as one statement. So
 //! groups form only because calls wait anyway: the busier, the larger. Nothing is

@@ -55,8 +55,8 @@
 //! # What is absent on purpose
 //!
 //! A repository layer, traits with one implementation, mocks, DTOs, `utils`,
-//! `OFFSET`, `COUNT(*)`, `LISTEN`/`NOTIFY` on the way of a write, timers on the way
-//! of a call.
+//! `OFFSET`, `COUNT(*)`, `LISTEN`/`NOTIFY` on the way of a write, calls that wait for
+//! a timer.
 
 pub mod app;
 mod arrays;

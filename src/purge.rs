@@ -93,8 +93,10 @@ pub async fn run(db: &Db, config: &Config) {
             match purge(db, sql, params).await {
                 Ok(0) => {}
                 Ok(count) => tracing::info!(what, count, "purged"),
-                // Nothing is lost by trying again at the next turn.
-                Err(error) => tracing::debug!(what, ?error, "not purged"),
+                // That is said once, by the health.
+                Err(Error::DatabaseUnavailable) => {}
+                // It is tried again at the next turn.
+                Err(error) => tracing::warn!(what, ?error, "not purged"),
             }
         }
     }

@@ -270,7 +270,8 @@ impl Begun {
 
 /// One direction of a stream, which ends when the server stops: with `trailers`, if
 /// it is ours; else with an error, since the client has more to say. Without that it
-/// would keep its connection as long as the client likes.
+/// would keep its connection as long as the client likes. (One that its client does not
+/// read is not asked for more, and is cut off at the end of the grace.)
 fn until_stopped(body: Body, stop: CancellationToken, trailers: Option<HeaderMap>) -> Body {
     let stopped = Box::pin(stop.cancelled_owned());
     let frames = stream::unfold(Some((body, stopped, trailers)), async |state| {

@@ -110,6 +110,35 @@ async fn a_change_that_was_not_committed_when_its_connection_broke_can_be_made_a
 }
 
 #[tokio::test]
+async fn connections_are_opened_also_if_the_calls_that_began_to_have_gone() {
+    const POOL_SIZE: usize = 3;
+    let database = Database::migrated().await;
+    let proxy = Proxy::to(&database).await;
+    let server = Server::start(&proxy.database(), &[("POOL_SIZE", "3")]).await;
+    let client = server.patient_client();
+    let in_vain = || {
+        join_all((0..POOL_SIZE).map(|_| {
+            let mut client = client.clone();
+            async move {
+                let answer = client.get_user(with_timeout(by_id(&new_request_id()), "100m")).await;
+                assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+            }
+        }))
+    };
+    proxy.cut();
+    proxy.hold_answers();
+    // The first ones find out that the connections which they are given are broken.
+    in_vain().await;
+    in_vain().await;
+    proxy.pass_on();
+    let idle = "select count(*) from pg_stat_activity
+        where datname = current_database() and application_name = 'user-service' and state = 'idle'";
+    // One more is the health's.
+    let are_open = async || (database.count(idle).await == POOL_SIZE as i64 + 1).then_some(());
+    eventually("all connections are open", are_open).await;
+}
+
+#[tokio::test]
 async fn when_all_backends_are_terminated_no_connection_stays_stuck() {
     let (server, database) = server().await;
     let client = server.client().await;

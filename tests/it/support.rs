@@ -446,10 +446,15 @@ impl Proxy {
         self.is_holding.send_replace(true);
     }
 
+    /// Passes on what was kept back, and everything else.
+    pub fn pass_on(&self) {
+        self.is_holding.send_replace(false);
+    }
+
     /// Breaks all connections, and passes everything on again.
     pub fn cut(&self) {
         self.cuts.send_modify(|n| *n += 1);
-        self.is_holding.send_replace(false);
+        self.pass_on();
     }
 }
 
