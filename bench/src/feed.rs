@@ -34,6 +34,9 @@ pub const SHARES: [f64; 3] = [0.1, 0.25, 0.5];
 const IN_FLIGHT: usize = 512;
 /// The most that one replica takes.
 pub const WATCHERS: usize = 1000;
+/// How often in a repetition creates that many watch take turns with creates that nobody
+/// watches: two measurements of the same differ by more than these do.
+pub const TURNS: usize = 4;
 /// Users in a group of creates that is timed, and how many such groups.
 const GROUP: usize = 128;
 const GROUPS: usize = 200;
@@ -95,15 +98,22 @@ pub async fn run(plan: &Plan, cluster: &Cluster, database: &Database, most: f64)
             delivery.here.push(at_here.end().await?)?;
             delivery.there.push(at_there.end().await?)?;
         }
-        Memory::forget_peak(here.pid)?;
-        feed.unwatched.push(create(plan, &here, None).await?);
-        let without = Memory::of(here.pid)?.peak;
-        let watching = Watching::begin(move |begun, enough| read_along(here_addr, begun, enough)).await?;
-        Memory::forget_peak(here.pid)?;
-        feed.watched.push(create(plan, &here, None).await?);
-        let with = Memory::of(here.pid)?.peak;
-        watching.end().await?;
-        feed.memory_per_watcher.push((with - without) * 1024.0 / WATCHERS as f64);
+        for turn in 0..TURNS {
+            // Neither always comes after the other.
+            let ((unwatched, without), (watched, with)) = if turn % 2 == 0 {
+                let unwatched = create_watched(plan, &here, 0).await?;
+                (unwatched, create_watched(plan, &here, WATCHERS).await?)
+            } else {
+                let watched = create_watched(plan, &here, WATCHERS).await?;
+                (create_watched(plan, &here, 0).await?, watched)
+            };
+            feed.unwatched.push(unwatched);
+            feed.watched.push(watched);
+            // Later, what watchers took before has perhaps not been given back yet.
+            if turn == 0 {
+                feed.memory_per_watcher.push((with - without) * 1024.0 / WATCHERS as f64);
+            }
+        }
         let [unlogged, logged] = write_groups(cluster, database).await?;
         feed.unlogged.push(unlogged);
         feed.logged.push(logged);
@@ -118,6 +128,18 @@ async fn create(plan: &Plan, service: &Service, rate: Option<f64>) -> anyhow::Re
     let requests = Requests::new(Work::Create, service.database.users, String::new());
     let load = Load { in_flight: IN_FLIGHT, rate, warm_up: plan.warm_up, duration: plan.duration };
     Ok(generator::run(service.addr, requests, load, || Ok(Usage::default())).await?.rate)
+}
+
+/// Creates users while so many watch, and says how many a second, and how many MiB the
+/// service takes at most.
+async fn create_watched(plan: &Plan, service: &Service, watchers: usize) -> anyhow::Result<(f64, f64)> {
+    let addr = service.addr;
+    let watching = Watching::begin(move |begun, enough| read_along(addr, watchers, begun, enough)).await?;
+    Memory::forget_peak(service.pid)?;
+    let rate = create(plan, service, None).await?;
+    let peak = Memory::of(service.pid)?.peak;
+    watching.end().await?;
+    Ok((rate, peak))
 }
 
 /// Whoever watches, on a thread of their own.
@@ -176,16 +198,17 @@ async fn time_changes(
     }
 }
 
-/// Reads what [`WATCHERS`] get, each on a connection of its own.
+/// Reads what so many watchers get, each on a connection of its own.
 async fn read_along(
     addr: SocketAddr,
+    watchers: usize,
     begun: oneshot::Sender<()>,
     is_enough: oneshot::Receiver<()>,
 ) -> anyhow::Result<()> {
     let head = head(addr, "/users.v1.UserService/WatchUsers")?;
     let request = frame(&pb::WatchUsersRequest::default())?;
     let mut watches = Vec::new();
-    for _ in 0..WATCHERS {
+    for _ in 0..watchers {
         let mut connection = Connection::open(addr).await?;
         let mut messages = connection.caller.begin(head.clone(), request.clone()).await?;
         read(&mut messages).await?;

@@ -74,16 +74,16 @@ impl Cli {
         let beside = std::env::current_exe()?.with_file_name("user-service");
         let service = self.service.clone().unwrap_or(beside);
         let service = service.canonicalize().with_context(|| format!("no {}", service.display()))?;
-        let (repetitions, warm_up, duration) = if self.quick { (1, 50, 200) } else { (3, 250, 2000) };
+        let (warm_up, duration) = if self.quick { (50, 200) } else { (250, 2000) };
         let mut sizes = if self.quick { vec![1_000, 10_000] } else { vec![10_000, 100_000, 1_000_000] };
         let users = if self.quick { 10_000 } else { 1_000_000 };
         if self.scale {
             sizes.push(10 * users);
         }
-        let made_by = match (self.quick, self.scale) {
-            (true, _) => "A rehearsal, too short for the numbers to mean anything,",
-            (false, true) => "Made by `make bench-scale`",
-            (false, false) => "Made by `make bench`",
+        let (repetitions, made_by) = match (self.quick, self.scale) {
+            (true, _) => (1, "A rehearsal, too short for the numbers to mean anything,"),
+            (false, true) => (5, "Made by `make bench-scale`"),
+            (false, false) => (3, "Made by `make bench`"),
         };
         Ok(Plan {
             made_by,

@@ -7,7 +7,7 @@ use crate::{
     bulk::Bulk,
     calls::Work,
     charts,
-    feed::{SHARES, WATCHERS},
+    feed::{SHARES, TURNS, WATCHERS},
     results::{Cell, Summary, ratios},
     run::{BUSY, By, Findings, GROWTH, Plan, READ_AT_ONCE, WRITTEN_AT_ONCE},
     usage::machine,
@@ -210,7 +210,9 @@ fn feed_tables(findings: &Findings) -> String {
     format!(
         "From the beginning of the transaction that creates a user to the delivery of the change, so the \
          transaction itself is counted. One client watches each of two replicas, of which one is written to.\n\n\
-         {delivery}\n{rates}"
+         {delivery}\n\
+         Creates that nobody watches and creates that {WATCHERS} watch take turns {TURNS} times in a \
+         repetition.\n\n{rates}"
     )
 }
 
