@@ -25,6 +25,9 @@ const OPTIONS: &str =
 /// begin with the time, in microseconds, and clients are some months apart.
 const IDS_PER_CLIENT: u64 = 10_000_000_000_000;
 
+/// Before anything counts: new sessions have cold caches, and those of the service do not.
+const WARM_UP_S: u64 = 1;
+
 /// Runs the statement of a call, in so many sessions at once.
 pub async fn run(
     cluster: &Cluster,
@@ -41,7 +44,8 @@ pub async fn run(
     let mut command = Command::new(cluster.bin_dir()?.join("pgbench"));
     command
         .args(["--no-vacuum", "--protocol=prepared", "--jobs=2", "--username=postgres"])
-        .arg(format!("--time={}", duration.as_secs().max(1)))
+        // Each second is reported by the next one.
+        .args(["--progress=1".to_owned(), format!("--time={}", WARM_UP_S + duration.as_secs().max(1) + 1)])
         .arg(format!("--client={clients}"))
         .arg(format!("--define=next={}", now.as_micros()))
         .arg("--file")
@@ -69,11 +73,21 @@ pub async fn run(
     if number("number of failed transactions: ")? != 0.0 {
         bail!("statements of pgbench failed: {report}");
     }
-    Ok(Cell::without_latencies(
-        number("tps = ")?,
-        number("number of transactions actually processed: ")?,
-        used,
-    ))
+    let count = number("number of transactions actually processed: ")?;
+    Ok(Cell::without_latencies(rate(&String::from_utf8(output.stderr)?)?, count, used))
+}
+
+/// Transactions a second after the warm-up, from what pgbench says as it goes.
+fn rate(progress: &str) -> anyhow::Result<f64> {
+    let rates = progress.lines().filter_map(|line| {
+        let (_, rate) = line.strip_prefix("progress: ")?.split_once(" s, ")?;
+        rate.split(' ').next()?.parse::<f64>().ok()
+    });
+    let rates: Vec<f64> = rates.skip(WARM_UP_S as usize).collect();
+    if rates.is_empty() {
+        bail!("no rate in what pgbench says: {progress}");
+    }
+    Ok(rates.iter().sum::<f64>() / rates.len() as f64)
 }
 
 /// The service's statement with pgbench's variables for its parameters.
@@ -129,6 +143,16 @@ fn script_of(work: Work, users: u64) -> anyhow::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_second_of_pgbench_does_not_count() {
+        let progress = "pgbench (15.18)
+progress: 1.0 s, 100.0 tps, lat 0.320 ms stddev 0.271, 0 failed
+progress: 2.0 s, 300.0 tps, lat 0.320 ms stddev 0.271, 0 failed
+progress: 3.0 s, 500.5 tps, lat 0.320 ms stddev 0.271, 0 failed";
+        assert_eq!(rate(progress).unwrap(), 400.25);
+        assert!(rate("pgbench (15.18)").is_err());
+    }
 
     #[test]
     fn the_statements_of_the_service_are_found_and_filled_in() {
