@@ -49,16 +49,15 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let addr = listener.local_addr()?;
     let (embedded, postgres) = open(&config).await?;
 
-    // What goes on although its caller has gone.
-    let begun = TaskTracker::new();
-    let (db, abandoned) = Db::new(&config, postgres.clone(), &statements(), begun.clone())?;
+    let (db, abandoned) = Db::new(&config, postgres.clone(), &statements())?;
     let db = Arc::new(db);
     let reporter = health::reporter().await;
-    let imports = Imports::new(Arc::clone(&db), &config, begun.clone());
+    let lanes = TaskTracker::new();
+    let imports = Imports::new(Arc::clone(&db), &config, lanes.clone());
     let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
     let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
     let users =
-        Users::new(Arc::clone(&db), group_limits(&config), &begun, imports, exports, Arc::clone(&feed));
+        Users::new(Arc::clone(&db), group_limits(&config), &lanes, imports, exports, Arc::clone(&feed));
     let services = services(users, &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
@@ -100,8 +99,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     }
     stop_server.cancel();
     while server.join_next().await.is_some() {}
-    begun.close();
-    begun.wait().await;
+    lanes.close();
+    lanes.wait().await;
     db.close();
     drop(db);
     // They end when the last call has let go of the database, those cut off included.

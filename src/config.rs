@@ -88,8 +88,9 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 30_000, value_parser = range::<u64>(1, 600_000))]
     pub call_timeout_ms: u64,
 
-    /// How long a statement waits for a row that another transaction has locked, before its
-    /// call is refused as TRANSACTION_CONFLICT.
+    /// How long a statement waits for a row or a table that another transaction has locked,
+    /// before its call is refused as TRANSACTION_CONFLICT. Shared statements wait for a tenth
+    /// of a second, imports for a second.
     #[arg(long, env, global = true, default_value_t = 1_000, value_parser = range::<u64>(1, 600_000))]
     pub lock_timeout_ms: u64,
 
@@ -123,7 +124,8 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 16, value_parser = range::<usize>(1, 1_000))]
     pub max_imports: usize,
 
-    /// How long an import may say nothing before it is ended; it can be continued.
+    /// How long an import may go without a complete chunk before it is ended; it can be
+    /// continued.
     #[arg(long, env, global = true, default_value_t = 300_000, value_parser = range::<u64>(1, 86_400_000))]
     pub import_idle_timeout_ms: u64,
 

@@ -21,7 +21,7 @@ use futures_util::{
     stream,
 };
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, Semaphore, mpsc},
     time,
 };
 use tokio_postgres::{
@@ -29,7 +29,6 @@ use tokio_postgres::{
     error::{DbError, SqlState},
     types::ToSql,
 };
-use tokio_util::task::TaskTracker;
 
 use crate::{
     config::Config,
@@ -37,7 +36,7 @@ use crate::{
     telemetry::describe,
 };
 
-/// Opening a connection, from TCP to the last prepared statement.
+/// Opening a connection up to the login, and from there to the last prepared statement.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Asking PostgreSQL to cancel a statement.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -48,8 +47,9 @@ const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
 /// find others.
 const RETIRE_INTERVAL: Duration = Duration::from_secs(60);
 const RETIRED_PART: usize = 10;
-/// Whoever waits longer for a table lock in a migration stands in the way of all.
-pub const MIGRATION_LOCK_TIMEOUT_MS: u32 = 5_000;
+/// Whoever waits longer for a table lock in a migration stands in the way of all: calls
+/// wait behind it, and have `LOCK_TIMEOUT_MS` for that.
+const MIGRATION_LOCK_TIMEOUT_MS: u32 = 500;
 /// How often a replica looks whether another one has finished migrating.
 const MIGRATION_POLL: Duration = Duration::from_millis(50);
 /// The advisory lock of migrations: "users", in ASCII.
@@ -64,8 +64,8 @@ pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 pub struct Db {
     pool: Pool,
     max_waiting: usize,
-    /// In which connections are opened.
-    tasks: TaskTracker,
+    /// For the tasks that open connections.
+    openers: Arc<Semaphore>,
     /// Connections whose statement nobody waits for any more.
     abandoned: mpsc::UnboundedSender<Object>,
     /// Set once the schema is there; calls that come earlier are refused.
@@ -85,7 +85,6 @@ impl Db {
         config: &Config,
         postgres: tokio_postgres::Config,
         statements: &[&'static str],
-        tasks: TaskTracker,
     ) -> anyhow::Result<(Self, Abandoned)> {
         // Fast: a connection that broke is known to be closed without asking.
         let recycling_method = RecyclingMethod::Fast;
@@ -106,10 +105,11 @@ impl Db {
                     // All in one round trip: the client sends them without waiting.
                     let prepared =
                         future::try_join_all(statements.iter().map(|sql| client.prepare_cached(sql)));
-                    future::try_join(client.batch_execute(&session), prepared)
-                        .await
-                        .map_err(HookError::Backend)?;
-                    Ok(())
+                    let made = future::try_join(client.batch_execute(&session), prepared);
+                    match time::timeout(CONNECT_TIMEOUT, made).await {
+                        Ok(made) => made.map(drop).map_err(HookError::Backend),
+                        Err(_) => Err(HookError::message("the database does not answer")),
+                    }
                 })
             }))
             .build()
@@ -118,7 +118,7 @@ impl Db {
         let db = Self {
             pool,
             max_waiting: config.max_waiting_calls,
-            tasks,
+            openers: Arc::new(Semaphore::new(config.pool_size)),
             abandoned,
             is_migrated: AtomicBool::new(false),
             committed: Notify::new(),
@@ -170,14 +170,18 @@ impl Db {
         if status.waiting >= self.max_waiting {
             return Err(Error::Overloaded);
         }
-        let got = if status.available == 0 && status.size < status.max_size {
+        let may_open = status.available == 0 && status.size < status.max_size;
+        let opener = may_open.then(|| Arc::clone(&self.openers).try_acquire_owned().ok()).flatten();
+        let got = match opener {
             // A call that runs out of time must not take with it what it has begun to
             // open: there might never be a connection again.
-            let pool = self.pool.clone();
-            let opened = self.tasks.spawn(async move { pool.get().await });
-            opened.await.map_err(|_| Error::Internal)?
-        } else {
-            self.pool.get().await
+            Some(opener) => {
+                let pool = self.pool.clone();
+                #[expect(clippy::disallowed_methods, reason = "at the end, it may go as it is")]
+                let opened = tokio::spawn(async move { (pool.get().await, opener).0 });
+                opened.await.unwrap_or(Err(PoolError::Closed))
+            }
+            None => self.pool.get().await,
         };
         match got {
             Ok(object) => Ok(Connection { object: Some(object), is_idle: true, db: self }),
@@ -395,7 +399,10 @@ pub fn is_transient(error: &anyhow::Error) -> bool {
         cause.is::<io::Error>()
             || cause.is::<time::error::Elapsed>()
             || cause.downcast_ref::<tokio_postgres::Error>().is_some_and(tokio_postgres::Error::is_closed)
-            || matches!(cause.downcast_ref::<PoolError>(), Some(PoolError::Timeout(_)))
+            || matches!(
+                cause.downcast_ref::<PoolError>(),
+                Some(PoolError::Timeout(_) | PoolError::PostCreateHook(HookError::Message(_)))
+            )
     })
 }
 

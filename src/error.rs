@@ -284,7 +284,7 @@ impl Error {
                 "the connection to the database broke: retry with the same request_id".into(),
             ),
             Self::Stopping => {
-                (Code::Unavailable, "STOPPING", "this server stops: go on with another one".into())
+                (Code::Unavailable, "STOPPING", "this replica stops: go on with another one".into())
             }
             Self::DeadlineExceeded => {
                 (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline has passed".into())

@@ -38,7 +38,8 @@ const FAST_SIZE: usize = 4000;
 const ROUNDS_KEPT: usize = 64;
 /// Those who are behind take turns in reading, so that calls find connections.
 const READING_AT_ONCE: usize = 2;
-/// So few are fast, because a client may take its time, and keeps that memory meanwhile.
+/// So few are fast, because a client may take its time, and keeps that memory meanwhile, and
+/// its permit: then others are not fast.
 const FAST_AT_ONCE: usize = 8;
 /// After a batch was published: how long the next one gathers, at least, and what each
 /// watcher adds, since each delivery costs something however small it is.

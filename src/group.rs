@@ -11,7 +11,8 @@
 //! whatever reason (a conflict, a retry, a wrong revision), is run alone by its own
 //! caller, as if there were no groups. So is every member of a group whose statement
 //! failed and so did nothing. Thus the answer to a call is always one that it could
-//! have got alone; but what breaks a connection, or takes too long, is all members' loss.
+//! have got alone; but a change whose outcome is not known, or that takes too long, is all
+//! members' loss.
 
 use std::{
     collections::{HashSet, VecDeque},

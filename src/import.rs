@@ -106,6 +106,8 @@ impl Import {
             self.write_next();
             let may_say_more = self.next.is_none() && !self.chunks.is_done();
             tokio::select! {
+                // What has come counts, also if that is late.
+                biased;
                 Some(ack) = self.writing.next() => {
                     self.written.pop_front();
                     return ack.map_err(|_| Error::Internal)?.map(Some);

@@ -126,7 +126,7 @@ impl Watcher {
             match mem::replace(&mut self.next, Next::Round) {
                 Next::Users(page) => self.users(page).await?,
                 Next::Missed => {
-                    self.fast = self.fast.take().or_else(|| self.feed.be_fast());
+                    self.fast = self.feed.be_fast();
                     self.next = self.reading();
                 }
                 Next::Reading(mut reading) => {

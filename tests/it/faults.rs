@@ -116,20 +116,19 @@ async fn connections_are_opened_also_if_the_calls_that_began_to_have_gone() {
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[("POOL_SIZE", "3")]).await;
     let client = server.patient_client();
-    let in_vain = || {
+    let calls = || {
         join_all((0..POOL_SIZE).map(|_| {
             let mut client = client.clone();
-            async move {
-                let answer = client.get_user(with_timeout(by_id(&new_request_id()), "100m")).await;
-                assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
-            }
+            async move { client.get_user(with_timeout(by_id(&new_request_id()), "100m")).await }
         }))
     };
     proxy.cut();
     proxy.hold_answers();
     // The first ones find out that the connections which they are given are broken.
-    in_vain().await;
-    in_vain().await;
+    calls().await;
+    for answer in calls().await {
+        assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    }
     proxy.pass_on();
     let idle = "select count(*) from pg_stat_activity
         where datname = current_database() and application_name = 'user-service' and state = 'idle'";

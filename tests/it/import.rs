@@ -587,7 +587,7 @@ async fn imports_beyond_the_limit_are_refused_and_name_it() {
 #[tokio::test]
 async fn an_import_that_says_nothing_for_long_is_ended_and_makes_room() {
     let database = Database::migrated().await;
-    let server = Server::start(&database, &[("MAX_IMPORTS", "1"), ("IMPORT_IDLE_TIMEOUT_MS", "200")]).await;
+    let server = Server::start(&database, &[("MAX_IMPORTS", "1"), ("IMPORT_IDLE_TIMEOUT_MS", "1000")]).await;
     let mut client = server.client().await;
     for number in 1..=2 {
         let first =
