@@ -71,30 +71,39 @@ async fn write(scene: Arc<Scene>, mut rng: StdRng) {
         for _ in 0..rng.random_range(1..50) {
             let id = scene.ids[rng.random_range(0..USERS)].clone();
             let name = format!("name{}", rng.random_range(0..USERS));
-            let (what, outcome) = match rng.random_range(0..10) {
-                0..3 => {
-                    let user = pb::User { id, ..user(&name) };
-                    let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user) };
-                    ("create", client.create_user(request).await.map(drop))
+            let call = async {
+                match rng.random_range(0..10) {
+                    0..3 => {
+                        let user = pb::User { id, ..user(&name) };
+                        let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user) };
+                        ("create", client.create_user(request).await.map(drop))
+                    }
+                    3..5 => ("update", client.update_user(rename(&id, &name)).await.map(drop)),
+                    5 => {
+                        let release_username = rng.random();
+                        let request = pb::DeleteUserRequest { release_username, ..delete(&id) };
+                        ("delete", client.delete_user(request).await.map(drop))
+                    }
+                    6 => {
+                        let request = pb::UndeleteUserRequest {
+                            id,
+                            username: user(&name).username,
+                            ..Default::default()
+                        };
+                        ("undelete", client.undelete_user(request).await.map(drop))
+                    }
+                    7 => {
+                        let other = &scene.ids[rng.random_range(0..USERS)];
+                        let request = batch_update([renamed(&id, &name), renamed(other, &name)]);
+                        ("batch", client.batch_update_users(request).await.map(drop))
+                    }
+                    8 => ("import", import(&mut client, pb::User { id, ..user(&name) }).await),
+                    _ => ("expunge", client.expunge_user(expunge(&id)).await.map(drop)),
                 }
-                3..5 => ("update", client.update_user(rename(&id, &name)).await.map(drop)),
-                5 => {
-                    let release_username = rng.random();
-                    let request = pb::DeleteUserRequest { release_username, ..delete(&id) };
-                    ("delete", client.delete_user(request).await.map(drop))
-                }
-                6 => {
-                    let request =
-                        pb::UndeleteUserRequest { id, username: user(&name).username, ..Default::default() };
-                    ("undelete", client.undelete_user(request).await.map(drop))
-                }
-                7 => {
-                    let other = &scene.ids[rng.random_range(0..USERS)];
-                    let request = batch_update([renamed(&id, &name), renamed(other, &name)]);
-                    ("batch", client.batch_update_users(request).await.map(drop))
-                }
-                8 => ("import", import(&mut client, pb::User { id, ..user(&name) }).await),
-                _ => ("expunge", client.expunge_user(expunge(&id)).await.map(drop)),
+            };
+            // Clients of HTTP/2 have been seen to wait for an answer after the connection is closed.
+            let Ok((what, outcome)) = tokio::time::timeout(Duration::from_secs(40), call).await else {
+                break;
             };
             match outcome {
                 Ok(()) => *scene.written.lock().unwrap().entry(what).or_default() += 1,
