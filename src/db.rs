@@ -177,7 +177,7 @@ impl Db {
             // open: there might never be a connection again.
             Some(opener) => {
                 let pool = self.pool.clone();
-                #[expect(clippy::disallowed_methods, reason = "at the end, it may go as it is")]
+                #[expect(clippy::disallowed_methods, reason = "it may end with the runtime")]
                 let opened = tokio::spawn(async move { (pool.get().await, opener).0 });
                 opened.await.unwrap_or(Err(PoolError::Closed))
             }
