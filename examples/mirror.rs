@@ -29,7 +29,7 @@ use user_service::pb::{
 };
 
 /// The service sends a bookmark every 5 seconds when nothing changes. Without a sign of
-/// life for so long, the connection is dead.
+/// life for so long, the connection is dead, or never came to life.
 const SILENCE: Duration = Duration::from_secs(30);
 /// Between two attempts, at most: longer each time that nothing came of it.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
@@ -121,7 +121,7 @@ impl Mirror {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address = std::env::args().nth(1).unwrap_or_else(|| "http://localhost:50051".into());
-    let service = Endpoint::try_from(address)?.connect_timeout(Duration::from_secs(5));
+    let service = Endpoint::try_from(address)?.connect_timeout(Duration::from_secs(5)).timeout(SILENCE);
     let applied =
         |mirror: &Mirror| println!("{} users, complete: {}", mirror.users.len(), mirror.is_complete);
     Err(Mirror::default().run(&service, applied).await.into())

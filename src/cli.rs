@@ -25,6 +25,8 @@ pub mod watch;
 
 /// How long it may take to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the answer to a call may take to begin: more than `CALL_TIMEOUT_MS` by default.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// A silent service is asked whether it is still there.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -68,6 +70,7 @@ async fn connect(addr: &str) -> anyhow::Result<UserServiceClient<Channel>> {
     let endpoint = Endpoint::try_from(format!("http://{addr}"))
         .context("the address must be HOST:PORT")?
         .connect_timeout(CONNECT_TIMEOUT)
+        .timeout(ANSWER_TIMEOUT)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL);
     let channel = endpoint.connect().await.with_context(|| format!("cannot reach the service at {addr}"))?;
     Ok(UserServiceClient::new(channel))
