@@ -206,9 +206,10 @@ impl Watcher {
         Ok(())
     }
 
-    /// The next round, unless it has nothing new, or something is missing before it. Who
-    /// is ahead of the rounds, which happens when they are late, gets signs of life
-    /// meanwhile: no bookmarks, since there may be changes that are not in the rounds yet.
+    /// The next round, unless it has nothing new, or something is missing before it, or it
+    /// would lead back. Who is ahead of the rounds, which happens when they are late, gets
+    /// signs of life meanwhile: no bookmarks, since there may be changes that are not in the
+    /// rounds yet.
     async fn round(&mut self) -> Result<(), Error> {
         let round = match self.rounds.recv().await {
             Ok(round) => round,
@@ -219,7 +220,7 @@ impl Watcher {
             Err(RecvError::Closed) => return Err(Error::Stopping),
         };
         let is_known = self.point.includes(&round.upto);
-        if !is_known && !self.point.includes(&round.from) {
+        if !is_known && !(self.point.includes(&round.from) && round.upto.includes(&self.point)) {
             self.next = Next::Missed;
             return Ok(());
         }

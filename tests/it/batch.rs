@@ -29,10 +29,6 @@ pub fn renamed(id: &str, display_name: &str) -> pb::User {
     pb::User { id: id.into(), display_name: display_name.into(), ..Default::default() }
 }
 
-fn statements(server: &Server) -> usize {
-    server.log().matches(r#""message":"statement""#).count()
-}
-
 /// Everything that a batch can write.
 async fn rows(database: &Database) -> [i64; 4] {
     let mut counts = [0; 4];
@@ -52,7 +48,7 @@ async fn a_thousand_users_are_created_changed_and_deleted_by_one_statement_each_
 
     let request =
         pb::BatchCreateUsersRequest { request_id: new_request_id(), ..batch_create(wanted.clone()) };
-    let before = statements(&server);
+    let before = server.statements();
     let users = client.batch_create_users(request).await.unwrap().into_inner().users;
     assert_eq!(users.len(), 1000);
     for (user, wanted) in users.iter().zip(wanted) {
@@ -88,7 +84,7 @@ async fn a_thousand_users_are_created_changed_and_deleted_by_one_statement_each_
         assert_eq!(after.id, before.id);
         assert!(after.delete_time.is_some() && after.purge_time.is_some());
     }
-    assert_eq!(statements(&server) - before, 3);
+    assert_eq!(server.statements() - before, 3);
     assert_eq!(rows(&database).await, [1000, 2500, 3, 1000]);
     let revisions = "select count(*) from users u join user_changes c on c.user_id = u.id
         and c.kind = 3 and c.revision = u.revision and u.username_held";

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use tonic::{Code, Status};
 use user_service::pb;
@@ -254,21 +254,30 @@ async fn a_batch_that_waited_decides_on_what_it_finds_then() {
 async fn a_batch_that_stands_in_a_circle_all_the_same_is_run_again() {
     let (server, database) = server().await;
     let mut client = server.client().await;
-    let mut ids: Vec<_> = batch_created(&mut client, (0..2).map(|n| format!("user{n}")))
+    let mut ids: Vec<_> = batch_created(&mut client, (0..3).map(|n| format!("user{n}")))
         .await
         .into_iter()
         .map(|u| u.id)
         .collect();
     ids.sort_unstable_by_key(|id| Uuid::parse_str(id).unwrap());
     let lock = |id: &str| format!("select from users where id = '{id}' for update");
-    let holder = database.connect().await;
+    let (holder, other) = (database.connect().await, database.connect().await);
     // Somebody who locks in the other order, and has more patience.
     holder.batch_execute("set deadlock_timeout = '10min'; begin").await.unwrap();
-    holder.batch_execute(&lock(&ids[1])).await.unwrap();
+    holder.batch_execute(&lock(&ids[2])).await.unwrap();
+    other.batch_execute("begin").await.unwrap();
+    other.batch_execute(&lock(&ids[1])).await.unwrap();
     let request = batch_update(ids.iter().map(|id| renamed(id, "New")));
     let call = tokio::spawn(async move { client.batch_update_users(request).await });
     eventually("it waits", async || (database.count(WAITING).await == 1).then_some(())).await;
-    holder.batch_execute(&lock(&ids[0])).await.unwrap();
+    // It is the batch that closes the circle: whoever waits looks for one only once.
+    let close = async {
+        eventually("both wait", async || (database.count(WAITING).await == 2).then_some(())).await;
+        other.batch_execute("commit").await.unwrap();
+    };
+    let first = lock(&ids[0]);
+    let ((), locked) = join(close, holder.batch_execute(&first)).await;
+    locked.unwrap();
     holder.batch_execute("commit").await.unwrap();
     let users = call.await.unwrap().unwrap().into_inner().users;
     assert!(users.iter().all(|user| user.revision == 2));

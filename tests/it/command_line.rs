@@ -19,7 +19,10 @@ use tokio::{
 };
 use user_service::{embedded::Embedded, pb};
 
-use crate::{support::*, under_fire::crash};
+use crate::{
+    support::*,
+    under_fire::{crash, start_again},
+};
 
 /// What the service logs in tests with many users.
 const LOG: (&str, &str) = ("RUST_LOG", "user_service=debug");
@@ -307,7 +310,7 @@ async fn an_import_survives_a_crash_of_the_database() {
     eventually("the import goes on", async || (rows().await > 0).then_some(())).await;
     crash(dir.path()).await;
     drop(postgres);
-    let postgres = Embedded::start(dir.path()).await.unwrap();
+    let postgres = start_again(dir.path()).await;
     assert!(rows().await < 50_000, "the import was over too early");
     let report = said(import.wait_with_output().await.unwrap(), true);
     assert!(report.contains("50000 created, 0 updated, 0 skipped, 0 refused"), "{report}");

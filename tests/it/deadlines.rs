@@ -17,9 +17,9 @@ async fn locked(server: &Server, database: &Database) -> (String, tokio_postgres
     (id, holder)
 }
 
-/// How many of the service's statements are under way.
-const ACTIVE: &str = "select count(*) from pg_stat_activity
-    where datname = current_database() and application_name = 'user-service' and state = 'active'";
+/// How many of the service's backends have something to do.
+const BUSY: &str = "select count(*) from pg_stat_activity
+    where datname = current_database() and application_name = 'user-service' and state <> 'idle'";
 
 #[tokio::test]
 async fn a_deadline_against_a_locked_row_is_kept_and_the_query_cancelled() {
@@ -34,12 +34,12 @@ async fn a_deadline_against_a_locked_row_is_kept_and_the_query_cancelled() {
     let taken = started.elapsed();
     assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
     // Far less than the 30 s that the statement itself may take.
-    assert!((Duration::from_millis(50)..Duration::from_secs(5)).contains(&taken), "{taken:?}");
+    assert!((Duration::from_millis(50)..Duration::from_secs(20)).contains(&taken), "{taken:?}");
     let asked = Instant::now();
-    eventually("the backend is idle", async || (database.count(ACTIVE).await == 0).then_some(())).await;
-    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    eventually("the backend is idle", async || (database.count(BUSY).await == 0).then_some(())).await;
+    assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
     // The row is still locked; whoever wants something else does not notice.
-    client.get_user(with_timeout(by_id(&id), "5S")).await.unwrap();
+    client.get_user(with_timeout(by_id(&id), "20S")).await.unwrap();
 
     holder.batch_execute("rollback").await.unwrap();
     let user = client.update_user(rename(&id, "New")).await.unwrap().into_inner().user.unwrap();
@@ -56,9 +56,9 @@ async fn the_query_of_a_caller_who_left_is_cancelled() {
         let (mut client, id) = (client.clone(), id.clone());
         async move { client.update_user(rename(&id, "New")).await }
     });
-    eventually("it waits for the row", async || (database.count(ACTIVE).await == 1).then_some(())).await;
+    eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
     call.abort();
-    eventually("the backend is idle", async || (database.count(ACTIVE).await == 0).then_some(())).await;
+    eventually("the backend is idle", async || (database.count(BUSY).await == 0).then_some(())).await;
     client.get_user(by_id(&id)).await.unwrap();
 }
 
@@ -72,7 +72,7 @@ async fn the_wait_for_a_connection_counts() {
         let (mut client, id) = (client.clone(), id.clone());
         async move { client.update_user(rename(&id, "New")).await }
     });
-    eventually("one call waits for the row", async || (database.count(ACTIVE).await == 1).then_some(()))
+    eventually("one call waits for the row", async || (database.count(WAITING).await == 1).then_some(()))
         .await;
     let answer = client.get_user(with_timeout(by_id(&id), "50m")).await;
     assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
@@ -83,7 +83,7 @@ async fn the_wait_for_a_connection_counts() {
 #[tokio::test]
 async fn who_finds_the_line_full_is_turned_away_at_once_and_who_waits_too_long_then() {
     let database = Database::migrated().await;
-    let settings = [("POOL_SIZE", "1"), ("MAX_WAITING_CALLS", "2"), ("POOL_WAIT_TIMEOUT_MS", "5000")];
+    let settings = [("POOL_SIZE", "1"), ("MAX_WAITING_CALLS", "2"), ("POOL_WAIT_TIMEOUT_MS", "8000")];
     let server = Server::start(&database, &settings).await;
     let (id, holder) = locked(&server, &database).await;
     let mut client = server.patient_client();
@@ -91,7 +91,7 @@ async fn who_finds_the_line_full_is_turned_away_at_once_and_who_waits_too_long_t
         let (mut client, id) = (client.clone(), id.clone());
         async move { client.update_user(rename(&id, "New")).await }
     });
-    eventually("one call waits for the row", async || (database.count(ACTIVE).await == 1).then_some(()))
+    eventually("one call waits for the row", async || (database.count(WAITING).await == 1).then_some(()))
         .await;
     let calls = (0..20).map(|_| {
         let (mut client, id) = (client.clone(), id.clone());
@@ -104,10 +104,10 @@ async fn who_finds_the_line_full_is_turned_away_at_once_and_who_waits_too_long_t
         }
     });
     let waits = join_all(calls).await;
-    let at_once = waits.iter().filter(|wait| **wait < Duration::from_secs(3)).count();
+    let at_once = waits.iter().filter(|wait| **wait < Duration::from_secs(6)).count();
     // Two lanes and a line of two wait for the only connection; nobody else does.
     assert!((14..20).contains(&at_once), "{waits:?}");
-    assert!(waits.iter().all(|wait| *wait < Duration::from_secs(20)));
+    assert!(waits.iter().all(|wait| *wait < Duration::from_secs(25)));
     holder.batch_execute("rollback").await.unwrap();
     stuck.await.unwrap().unwrap();
     assert_eq!(client.get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap().revision, 2);
@@ -147,7 +147,7 @@ async fn validate_only_lets_go_of_what_it_locked_when_its_deadline_passes() {
     let request = pb::UpdateUserRequest { validate_only: true, ..rename(&id, "New") };
     let answer = client.update_user(with_timeout(request, "50m")).await;
     assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
-    eventually("the backend is idle", async || (database.count(ACTIVE).await == 0).then_some(())).await;
+    eventually("the backend is idle", async || (database.count(BUSY).await == 0).then_some(())).await;
     holder.batch_execute("rollback").await.unwrap();
     holder.batch_execute("select from users for update nowait").await.unwrap();
 }

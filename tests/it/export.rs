@@ -296,7 +296,7 @@ async fn the_query_of_a_client_that_has_gone_ends_at_once() {
 async fn an_export_that_takes_too_long_is_ended_though_nobody_reads() {
     let database = Database::migrated().await;
     insert(&database, "user", 50_000, 100).await;
-    let settings = [("EXPORT_TIMEOUT_MS", "2000"), ("RUST_LOG", "user_service=debug")];
+    let settings = [("EXPORT_TIMEOUT_MS", "10000"), ("RUST_LOG", "user_service=debug")];
     let server = Server::start(&database, &settings).await;
     let parts = begin(&server.client().await, None).await.unwrap();
     eventually("its snapshot is let go", async || (database.count(EXPORTS).await == 0).then_some(())).await;
@@ -319,6 +319,8 @@ async fn an_export_that_breaks_off_never_looks_complete() {
     let again = async || begin(&server.client().await, None).await.ok();
     let parts = eventually("the database answers", again).await;
     server.signal("TERM");
+    let stops = async || server.log().contains(r#""message":"stopping""#).then_some(());
+    eventually("it stops", stops).await;
     let status = assert_refused(rest(parts).await, Code::Unavailable, "STOPPING");
     assert!(!status.message().contains("postgres"));
     assert!(server.ended().await.success());

@@ -39,10 +39,9 @@ async fn a_thousand_keys_of_all_kinds_are_answered_in_their_order_by_one_stateme
         }
     });
     let (keys, expected): (Vec<_>, Vec<_>) = keys.unzip();
-    let statements = |server: &Server| server.log().matches(r#""message":"statement""#).count();
-    let before = statements(&server);
+    let before = server.statements();
     let results = found(&mut client, lookup(keys)).await;
-    assert_eq!(statements(&server) - before, 1);
+    assert_eq!(server.statements() - before, 1);
     assert_eq!(results.len(), 1000);
     for (n, (result, expected)) in results.iter().zip(expected).enumerate() {
         assert_eq!(result.users.first(), expected, "{n}");

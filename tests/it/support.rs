@@ -186,16 +186,18 @@ impl Server {
         // Everything is logged in the tests, to see that nothing is in it.
         command.env("RUST_LOG", "trace").env("LISTEN_ADDR", "127.0.0.1:0").env("DRAIN_DELAY_MS", "0");
         // Many tests hold a row until they have seen who waits for it.
-        command.env("LOCK_TIMEOUT_MS", "60000");
+        command.env("LOCK_TIMEOUT_MS", "60000").env("POOL_WAIT_TIMEOUT_MS", "60000");
         // The whole suite can be run without grouping; the answers are the same.
         command.envs(std::env::var("GROUPING").map(|grouping| ("GROUPING", grouping)));
         command.envs(settings.iter().copied()).stderr(log.reopen().unwrap());
         let mut server = Self { child: command.spawn().unwrap(), addr: String::new(), log };
         server.addr = eventually("the service listens", async || {
-            assert!(server.child.try_wait().unwrap().is_none(), "it ended: {}", server.log());
+            let ended = server.child.try_wait().unwrap();
             let log = server.log();
-            let line = log.lines().find(|line| line.contains(r#""message":"listening""#))?;
-            Some(line.split_once(r#""addr":""#)?.1.split_once('"')?.0.to_owned())
+            let line = log.lines().find(|line| line.contains(r#""message":"listening""#));
+            let addr = line.and_then(|line| line.split_once(r#""addr":""#)?.1.split_once('"'));
+            assert!(addr.is_some() || ended.is_none(), "it ended: {log}");
+            Some(addr?.0.to_owned())
         })
         .await;
         server
@@ -203,6 +205,13 @@ impl Server {
 
     pub fn log(&self) -> String {
         fs::read_to_string(self.log.path()).unwrap()
+    }
+
+    /// How many statements were run, but for the one that looks now and then whose log it is.
+    pub fn statements(&self) -> usize {
+        let is_statement =
+            |line: &&str| line.contains(r#""message":"statement""#) && !line.contains("pg_current_snapshot");
+        self.log().lines().filter(is_statement).count()
     }
 
     pub fn pid(&self) -> u32 {

@@ -544,8 +544,9 @@ async fn who_does_not_read_is_in_nobodys_way_and_catches_up() {
     assert_eq!(stalled.changes(1).await.len(), 1);
     let connections = "select count(*) from pg_stat_activity
         where datname = current_database() and application_name = 'user-service'";
-    // The pool, the health, and the feed.
-    assert_eq!(database.count(connections).await, 4);
+    // The pool, the health, and the feed; one that has broken may take a moment to go.
+    let are_few = async || (database.count(connections).await <= 4).then_some(());
+    eventually("no watcher has a connection", are_few).await;
 }
 
 #[tokio::test]
@@ -565,7 +566,7 @@ async fn those_who_stall_while_they_catch_up_are_in_nobodys_way_and_take_little_
         stalled.push((watch, seen));
     }
     // What each has missed takes more than a MiB, and large batches of that 80 MiB.
-    let growth = server.memory() - before;
+    let growth = server.memory().saturating_sub(before);
     assert!(growth < 48 << 20, "{growth}");
     let mut ids = HashSet::new();
     let mut watch = Watch::resumed(&mut client, &token).await.unwrap();
@@ -765,7 +766,7 @@ async fn a_quiet_feed_says_so_now_and_then() {
 }
 
 #[tokio::test]
-async fn whoever_is_ahead_of_rounds_that_are_late_hears_that_the_feed_lives() {
+async fn whoever_is_ahead_of_rounds_that_are_late_hears_that_the_feed_lives_and_nothing_again() {
     // One of the transactions to so many watchers takes longer than the feed may be silent.
     const TRANSACTIONS: usize = 8;
     const USERS_EACH: usize = 500;
@@ -779,12 +780,19 @@ async fn whoever_is_ahead_of_rounds_that_are_late_hears_that_the_feed_lives() {
     for _ in 0..WATCHERS {
         watches.push(Watch::from_now(&mut others).await);
     }
+    let slow = database.connect().await;
+    let slow_id = new_request_id();
+    let change = format!("insert into user_changes (user_id, revision, kind) values ('{slow_id}', 1, 6)");
+    slow.batch_execute(&format!("begin; {change}")).await.unwrap();
     insert(&database, &"x".repeat(1_000), TRANSACTIONS as u32, USERS_EACH as u32).await;
     let mut ahead = Watch::resumed(&mut client, &token).await.unwrap();
     ahead.changes(TRANSACTIONS * USERS_EACH).await;
     let sign = ahead.message().await.unwrap();
     // No bookmark: there could be changes that the rounds do not have yet.
     assert!(sign.changes.is_empty() && !sign.bookmark);
+    // The next round has it, and much that is not new here.
+    slow.batch_execute("commit").await.unwrap();
+    assert_eq!(ahead.changes(1).await[0].id, slow_id);
     let id = created(&mut client, "alice").await.id;
     let mut resumed = Watch::resumed(&mut client, &ahead.token).await.unwrap();
     assert_eq!(resumed.changes(1).await[0].id, id);
