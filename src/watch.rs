@@ -220,7 +220,8 @@ impl Watcher {
             Err(RecvError::Closed) => return Err(Error::Stopping),
         };
         let is_known = self.point.includes(&round.upto);
-        if !is_known && !(self.point.includes(&round.from) && round.upto.includes(&self.point)) {
+        let leads_on = self.point.includes(&round.from) && round.upto.includes(&self.point);
+        if !is_known && !leads_on {
             self.next = Next::Missed;
             return Ok(());
         }
