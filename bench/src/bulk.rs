@@ -69,15 +69,17 @@ pub async fn run(plan: &Plan, cluster: &Cluster, database: &Database) -> anyhow:
         bulk.copy_in.push(few as f64 / took.as_secs_f64());
         cluster.drop_database(&empty).await?;
 
-        bulk.export.push(export(plan, database).await?.0);
+        let exported = export(plan, database).await?;
+        bulk.export.push(exported.rate);
         let copy = format!(
             "copy (select {EXPORTED} from users where delete_time is null) to stdout (format binary)"
         );
         let took = psql(cluster, database, &[&copy]).await?;
-        bulk.copy_out.push(database.users as f64 / took.as_secs_f64());
+        // More than there were at first: others were created in between.
+        bulk.copy_out.push(exported.users as f64 / took.as_secs_f64());
     }
     eprintln!("a large import and export, and a watch that catches up");
-    bulk.export_growth = export(plan, database).await?.1;
+    bulk.export_growth = export(plan, database).await?.growth;
     let empty = cluster.create_database(0).await?;
     let service = Service::start(&plan.service, &empty, "on").await?;
     let at_rest = Memory::of(service.pid)?.now;
@@ -86,7 +88,7 @@ pub async fn run(plan: &Plan, cluster: &Cluster, database: &Database) -> anyhow:
     bulk.import_growth = Memory::of(service.pid)?.peak - at_rest;
     for _ in 1..=plan.repetitions {
         bulk.caught_up.push(catch_up(&service, &beginning.resume_token, plan.users).await?);
-        bulk.exported_beside.push(export(plan, &empty).await?.0);
+        bulk.exported_beside.push(export(plan, &empty).await?.rate);
     }
     service.stop().await?;
     cluster.drop_database(&empty).await?;
@@ -132,22 +134,30 @@ async fn catch_up(service: &Service, token: &str, changes: u64) -> anyhow::Resul
     Ok(count as f64 / started.elapsed().as_secs_f64())
 }
 
-/// Exports all users: users a second, and the growth of the service.
-async fn export(plan: &Plan, database: &Database) -> anyhow::Result<(f64, f64)> {
+/// An export of all users.
+struct Exported {
+    users: u64,
+    /// Users a second.
+    rate: f64,
+    /// By how many MiB the service grew.
+    growth: f64,
+}
+
+async fn export(plan: &Plan, database: &Database) -> anyhow::Result<Exported> {
     let service = Service::start(&plan.service, database, "on").await?;
     let at_rest = Memory::of(service.pid)?.now;
     let mut client = connect(&service).await?;
     let started = Instant::now();
     let mut parts = client.export_users(pb::ExportUsersRequest::default()).await?.into_inner();
-    let mut exported = 0;
+    let mut users = 0;
     while let Some(part) = parts.message().await? {
-        exported += part.users.len() as u64;
+        users += part.users.len() as u64;
     }
-    let rate = exported as f64 / started.elapsed().as_secs_f64();
-    ensure!(exported >= database.users, "only {exported} users were exported");
+    let rate = users as f64 / started.elapsed().as_secs_f64();
+    ensure!(users >= database.users, "only {users} users were exported");
     let growth = Memory::of(service.pid)?.peak - at_rest;
     service.stop().await?;
-    Ok((rate, growth))
+    Ok(Exported { users, rate, growth })
 }
 
 pub async fn connect(service: &Service) -> anyhow::Result<UserServiceClient<Channel>> {

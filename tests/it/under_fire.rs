@@ -4,7 +4,7 @@
 //! `WATCH_FIRE_SECONDS` and `WATCH_FIRE_SEED` make it longer, and the same again.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     env, fs,
     path::Path,
     process::Command,
@@ -43,8 +43,8 @@ struct Scene {
     addrs: Mutex<[String; 2]>,
     ids: Vec<String>,
     is_over: AtomicBool,
-    /// How many writes of each kind succeeded.
-    written: Mutex<BTreeMap<&'static str, u32>>,
+    /// The kinds of writes of which one succeeded.
+    written: Mutex<HashSet<&'static str>>,
     /// Calls that did not end. One may be due to the client: hyper 1.12 lets a call wait for
     /// ever, one in some 100,000 whose connection is closed as they begin, by whatever server.
     unanswered: AtomicU32,
@@ -110,7 +110,7 @@ async fn write(scene: Arc<Scene>, mut rng: StdRng) {
                 break;
             };
             match outcome {
-                Ok(()) => *scene.written.lock().unwrap().entry(what).or_default() += 1,
+                Ok(()) => _ = scene.written.lock().unwrap().insert(what),
                 Err(status) if status.code() == Code::Unavailable => break,
                 Err(_) => {}
             }
@@ -302,6 +302,11 @@ async fn at_the_end_the_mirrors_equal_the_table() {
 
     let until = Instant::now() + duration;
     let postgres = wreak_havoc(&scene, &database, &mut servers, postgres, rng(300), until).await;
+    // On a slow machine, PostgreSQL has spent much of that time in recovery.
+    let has_all_kinds = async || (scene.written.lock().unwrap().len() == 7).then_some(());
+    eventually("something of each kind was written", has_all_kinds).await;
+    let purged = "select count(*) from user_changes where kind = 6";
+    eventually("somebody was purged", async || (database.count(purged).await > 0).then_some(())).await;
     scene.is_over.store(true, Ordering::Relaxed);
     for ended in join_all(writers.into_iter().chain(slow).chain(mirrors)).await {
         ended.unwrap();
@@ -311,11 +316,7 @@ async fn at_the_end_the_mirrors_equal_the_table() {
     servers[0].wait_until("", ready).await;
     let due = "select count(*) from users where purge_time <= now()";
     eventually("all that is due is purged", async || (database.count(due).await == 0).then_some(())).await;
-    let purged = "select count(*) from user_changes where kind = 6";
-    assert!(database.count(purged).await > 0, "WATCH_FIRE_SEED={seed}");
     assert!(scene.unanswered.load(Ordering::Relaxed) <= 1, "WATCH_FIRE_SEED={seed}");
-    let written = scene.written.lock().unwrap().clone();
-    assert_eq!(written.len(), 7, "{written:?}, WATCH_FIRE_SEED={seed}");
     let mut client = servers[0].client().await;
     let table = eventually("the table can be read", async || {
         let mut client = client.clone();
