@@ -81,7 +81,7 @@ async fn sigterm_under_load_fails_no_call_that_was_accepted() {
     let started = Instant::now();
     server.signal("TERM");
     assert!(server.ended().await.success());
-    assert!(started.elapsed() < Duration::from_secs(18), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     let mut total = 0;
     let admin = database.connect().await;
     for writer in join_all(writers).await {
@@ -119,7 +119,7 @@ async fn while_it_drains_the_service_is_not_ready_and_still_serves() {
     assert!(!matches!(watch.message().await, Ok(Some(_))));
     assert!(!matches!(reflection.message().await, Ok(Some(_))));
     assert!(server.ended().await.success());
-    assert!(asked.elapsed() < Duration::from_secs(18), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
 }
 
 #[tokio::test]
@@ -135,8 +135,9 @@ async fn what_does_not_finish_within_the_grace_is_cancelled() {
     let asked = Instant::now();
     server.signal("TERM");
     assert!(server.ended().await.success());
-    assert!(asked.elapsed() < Duration::from_secs(18), "{:?}", asked.elapsed());
+    // The cancellation may still be on its way.
     eventually("so is its statement", async || (database.count(WAITING).await == 0).then_some(())).await;
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
     stuck.await.unwrap().unwrap_err();
 }
 
@@ -171,7 +172,7 @@ async fn a_connection_that_says_too_little_is_closed_after_a_while() {
     // What is not HTTP/2 at all is closed at once.
     let mut stream = TcpStream::connect(&server.addr).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n").await.unwrap();
-    let closed = tokio::time::timeout(Duration::from_secs(9), stream.read_to_end(&mut Vec::new())).await;
+    let closed = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut Vec::new())).await;
     assert!(closed.is_ok());
     created(&mut server.client().await, "alice").await;
 }
@@ -185,7 +186,7 @@ async fn a_connection_that_has_not_spoken_yet_does_not_keep_the_service() {
     let asked = Instant::now();
     server.signal("TERM");
     assert!(server.ended().await.success());
-    assert!(asked.elapsed() < Duration::from_secs(9), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
 }
 
 #[tokio::test]
