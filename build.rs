@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .file_descriptor_set();
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
-    let builder = || tonic_prost_build::configure().codec_path("crate::codec::BoundedCodec");
+    let builder = || tonic_prost_build::configure().codec_path("crate::pb::codec::BoundedCodec");
     builder().build_server(false).compile_fds(descriptors.clone())?;
     // The server by itself: what it sends to those who watch is encoded already.
     let server = out.join("server");
@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     builder()
         .build_client(false)
         .extern_path(".users.v1", "crate::pb")
-        .extern_path(".users.v1.WatchUsersResponse", "crate::codec::Encoded")
+        .extern_path(".users.v1.WatchUsersResponse", "crate::pb::codec::Encoded")
         .out_dir(server)
         .compile_fds(descriptors)?;
     Ok(())

@@ -12,22 +12,25 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
 
-use crate::{
-    batch, change_log,
-    config::{Config, Grouping},
-    db::{self, Db},
-    embedded::Embedded,
-    export::{self, Exports},
-    feed::Feed,
-    group::Limits,
-    grouped, health,
-    import::{self, Imports},
-    list, lookup, pb, purge,
-    server::{self, NamedService},
-    service::Users,
-    telemetry::describe,
-    users,
-};
+use crate::api::coalescer::Limits;
+use crate::api::service::Users;
+use crate::config::{Config, Grouping};
+use crate::feed::reader::Feed;
+use crate::health;
+use crate::pb;
+use crate::server::dispatch::{self, NamedService};
+use crate::store::batch;
+use crate::store::change_log;
+use crate::store::dev_postgres::Embedded;
+use crate::store::export::{self, Exports};
+use crate::store::grouped;
+use crate::store::import::{self, Imports};
+use crate::store::list;
+use crate::store::lookup;
+use crate::store::pool::{self, Db};
+use crate::store::purge;
+use crate::store::users;
+use crate::telemetry::describe;
 
 /// Statements under way at once for each of the rpcs that are grouped. With more,
 /// groups are smaller. On two cores, 1 to 4 made no difference that was larger than the
@@ -66,12 +69,12 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     spawn(&mut tasks, &stop_tasks, keeping);
     // They go on when the others stop, for those that are cut off at the end.
     let mut closers = JoinSet::new();
-    closers.spawn(db::cancel_abandoned(abandoned));
+    closers.spawn(pool::cancel_abandoned(abandoned));
     closers.spawn(export::drive(export_connections));
     let mut server = JoinSet::new();
     server.spawn({
         let (config, stop) = (config.clone(), stop_server.clone());
-        async move { server::serve(listener, services, &config, stop).await }
+        async move { dispatch::serve(listener, services, &config, stop).await }
     });
     // As long as there are streams.
     server.spawn({
@@ -133,7 +136,7 @@ async fn keep_database(
 /// Brings the database's schema up to date.
 pub async fn migrate(config: Config) -> anyhow::Result<()> {
     let (embedded, postgres) = open(&config).await?;
-    let result = db::migrate(&postgres).await;
+    let result = pool::migrate(&postgres).await;
     match embedded {
         Some(embedded) => result.and(embedded.stop().await),
         None => result,
@@ -147,7 +150,7 @@ async fn open(config: &Config) -> anyhow::Result<(Option<Embedded>, tokio_postgr
         None => Some(Embedded::start(&config.data_dir()).await?),
     };
     let given = config.database_url.clone().or_else(|| embedded.as_ref().map(Embedded::config));
-    let postgres = db::with_timeouts(given.context("no database")?);
+    let postgres = pool::with_timeouts(given.context("no database")?);
     Ok((embedded, postgres))
 }
 
@@ -157,7 +160,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     let mut delay = RETRY_DELAY_MIN;
     loop {
         let Err(error) = async {
-            db::migrate(postgres).await?;
+            pool::migrate(postgres).await?;
             change_log::adopt(postgres).await?;
             db.open().await
         }
@@ -165,7 +168,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
         else {
             return Ok(());
         };
-        if !db::is_transient(&error) {
+        if !pool::is_transient(&error) {
             return Err(error.context("cannot prepare the database"));
         }
         tracing::warn!(

@@ -6,7 +6,9 @@ use std::{convert::Infallible, time::Duration};
 use tokio::time;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use crate::{db, pb, telemetry::describe};
+use crate::pb;
+use crate::store::pool;
+use crate::telemetry::describe;
 
 /// How often the database is asked.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -60,7 +62,7 @@ async fn ask_database(
     reporter: &HealthReporter,
     is_ready: &mut bool,
 ) -> anyhow::Result<Infallible> {
-    let (client, connection) = db::connect(postgres).await?;
+    let (client, connection) = pool::connect(postgres).await?;
     let asking = async {
         loop {
             let row = time::timeout(TIMEOUT, client.query_one(IS_WRITABLE, &[])).await??;

@@ -58,43 +58,16 @@
 //! `OFFSET`, `COUNT(*)`, `LISTEN`/`NOTIFY` on the way of a write, calls that wait for
 //! a timer.
 
+pub mod api;
 pub mod app;
-mod arrays;
-pub mod batch;
-pub mod calls;
-pub mod change_log;
 pub mod cli;
-pub mod codec;
 pub mod config;
-pub mod db;
-pub mod embedded;
 pub mod error;
-pub mod export;
 pub mod feed;
-pub mod group;
-pub mod grouped;
 pub mod health;
-pub mod import;
-pub mod input;
-pub mod list;
-pub mod lookup;
-pub mod names;
-pub mod page;
-pub mod places;
-pub mod point;
-pub mod purge;
+pub mod limits;
+pub mod model;
+pub mod pb;
 pub mod server;
-pub mod service;
+pub mod store;
 pub mod telemetry;
-pub mod users;
-pub mod watch;
-
-/// The contract, generated from `proto/`.
-pub mod pb {
-    #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
-    tonic::include_proto!("users.v1");
-    include!(concat!(env!("OUT_DIR"), "/server/users.v1.rs"));
-
-    /// The protos with their comments, for reflection.
-    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
-}

@@ -5,11 +5,10 @@ use std::process::ExitCode;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
-use user_service::{
-    app, cli,
-    config::{Cli, Command, Config},
-    telemetry,
-};
+use user_service::app;
+use user_service::cli;
+use user_service::config::{Cli, Command, Config};
+use user_service::telemetry;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -23,10 +23,8 @@ use super::{
     files::{self, Format, Lines},
     is_standard, progress_bar, say,
 };
-use crate::{
-    input::CHUNK_SIZE_MAX,
-    pb::{self, ImportMode, user_service_client::UserServiceClient},
-};
+use crate::model::request::CHUNK_SIZE_MAX;
+use crate::pb::{self, ImportMode, user_service_client::UserServiceClient};
 
 /// A chunk ends when it has this many octets: far below the 4 MiB of a message.
 const CHUNK_OCTETS: usize = 1024 * 1024;

@@ -21,7 +21,8 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use crate::{cli, pb};
+use crate::cli;
+use crate::pb;
 
 /// The service sends a bookmark every 5 seconds; without any, it is gone.
 const SILENCE: Duration = Duration::from_secs(30);

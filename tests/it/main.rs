@@ -10,35 +10,12 @@
     reason = "a test that cannot go on fails by panicking"
 )]
 
-mod batch;
-mod batch_model;
-mod batch_races;
-mod batch_retries;
-mod clients;
-mod command_line;
-mod create;
-mod deadlines;
-mod delete;
-mod export;
-mod faults;
-mod group;
-mod hostile;
-mod import;
-mod list;
-mod lookup;
-mod migrations;
-/// The very code that is to be copied.
+mod api;
+mod cli;
+mod feed;
+/// The example is the client under test.
 #[path = "../../examples/mirror.rs"]
 mod mirror;
-mod private_postgres;
-mod races;
-mod read;
-mod retries;
-mod settings;
-mod start_and_stop;
+mod server;
+mod store;
 mod support;
-mod under_fire;
-mod update;
-mod watch;
-mod watch_command;
-mod watch_filters;

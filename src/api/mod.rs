@@ -1,0 +1,4 @@
+//! The rpcs.
+
+pub mod coalescer;
+pub mod service;

@@ -1,0 +1,6 @@
+//! Pure: protobuf messages become types that are always valid. No I/O, no SQL.
+
+pub mod names;
+pub mod page;
+pub mod position;
+pub mod request;

@@ -1,0 +1,145 @@
+//! Exports: all users, or those of a list, from one snapshot, as a stream of parts.
+//!
+//! An export goes at its client's pace, so it has a connection of its own, outside
+//! the pool. Nobody looks at a stream whose client has stopped reading; so another
+//! task drives the connection, and closes it when the export's time is over or its
+//! client has gone. PostgreSQL then gives up the query and its snapshot.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::{
+    FutureExt, StreamExt, TryStreamExt,
+    future::BoxFuture,
+    stream::{self, BoxStream, TryChunksError},
+};
+use tokio::{sync::mpsc, time};
+use tokio_postgres::{Client, RowStream, types::ToSql};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::config::Config;
+use crate::error::{Access, Error};
+use crate::limits::Places;
+use crate::model::request::Export;
+use crate::pb;
+use crate::store::change_log::{NOW, point_from_rows};
+use crate::store::list;
+use crate::store::pool::{self, Db};
+use crate::store::users::{user_columns, user_from_row};
+use crate::telemetry::describe;
+
+/// Users in one part, at most. None has more than 1.1 KiB, so a part has less than
+/// 1 MiB.
+const PART_SIZE: usize = 500;
+
+/// The exports from a database, a limited number at a time.
+pub struct Exports {
+    db: Arc<Db>,
+    postgres: tokio_postgres::Config,
+    places: Places,
+    timeout: Duration,
+    connections: mpsc::UnboundedSender<BoxFuture<'static, ()>>,
+}
+
+/// What [`drive`] works on.
+pub type Connections = mpsc::UnboundedReceiver<BoxFuture<'static, ()>>;
+
+impl Exports {
+    /// None yet.
+    pub fn new(db: Arc<Db>, postgres: tokio_postgres::Config, config: &Config) -> (Self, Connections) {
+        let (connections, receiver) = mpsc::unbounded_channel();
+        let places = Places::new("exports", config.max_exports);
+        let timeout = Duration::from_millis(config.export_timeout_ms);
+        (Self { db, postgres, places, timeout, connections }, receiver)
+    }
+
+    /// Exports users: the watch token first, then the users.
+    pub async fn run(
+        &self,
+        export: &Export,
+    ) -> Result<BoxStream<'static, Result<pb::ExportUsersResponse, Error>>, Error> {
+        let session = self.open().await?;
+        let (watch_token, rows) = session.begin(export).await?;
+        let users = rows.map(move |row| user_from_row(&row.map_err(|error| session.failure(&error))?));
+        let parts = users.try_chunks(PART_SIZE).map(|part| match part {
+            Ok(users) => Ok(pb::ExportUsersResponse { users, ..Default::default() }),
+            Err(TryChunksError(_, error)) => Err(error),
+        });
+        let first = pb::ExportUsersResponse { watch_token, ..Default::default() };
+        Ok(stream::iter([Ok(first)]).chain(parts).boxed())
+    }
+
+    async fn open(&self) -> Result<Session, Error> {
+        self.db.ensure_migrated()?;
+        let place = self.places.take()?;
+        let started = Instant::now();
+        let (client, connection) = pool::connect(&self.postgres).await.map_err(|error| {
+            tracing::debug!(error = describe(error.as_ref()), "no connection");
+            Error::DatabaseUnavailable
+        })?;
+        let (timeout, is_over) = (self.timeout, CancellationToken::new());
+        let close = is_over.clone().drop_guard();
+        let driven = async move {
+            let _ = time::timeout(timeout, is_over.run_until_cancelled(connection)).await;
+            drop(place);
+        };
+        // Without its driver, the service is at its end.
+        self.connections.send(driven.boxed()).map_err(|_| Error::Stopping)?;
+        Ok(Session { client, started, timeout, _close: close })
+    }
+}
+
+/// Drives the connections of exports, for ever.
+pub async fn drive(connections: Connections) {
+    stream::unfold(connections, async |mut receiver| receiver.recv().await.map(|driven| (driven, receiver)))
+        .for_each_concurrent(None, |driven| driven)
+        .await;
+}
+
+/// The connection of an export; it is closed when this is dropped.
+struct Session {
+    client: Client,
+    started: Instant,
+    timeout: Duration,
+    _close: DropGuard,
+}
+
+const ALL: &str = concat!("select ", user_columns!(), " from users");
+
+const ALL_LIVE: &str = concat!("select ", user_columns!(), " from users where delete_time is null");
+
+impl Session {
+    /// Takes the snapshot; returns its watch token, and the users that it has.
+    async fn begin(&self, export: &Export) -> Result<(String, RowStream), Error> {
+        let timeout_ms = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
+        let settings = pool::session_settings(timeout_ms, timeout_ms);
+        // Whoever wants the whole table has it twice as fast without an index.
+        let (scan, sql, params) = match export {
+            Export::All { include_deleted: true } => ("on", ALL, Vec::new()),
+            Export::All { include_deleted: false } => ("on", ALL_LIVE, Vec::new()),
+            Export::Filtered(list) => ("off", list::statement(list), list::params(list, &None)),
+        };
+        let begin = format!(
+            "{settings} set enable_seqscan = {scan}; begin isolation level repeatable read read only;"
+        );
+        let refused = |error| self.failure(&error);
+        self.client.batch_execute(&begin).await.map_err(refused)?;
+        let now = self.client.query(NOW, &[]).await.map_err(refused)?;
+        // A standby has no point; without one, whoever watches on would miss something.
+        let point = point_from_rows(&now)?;
+        let statement = self.client.prepare(sql).await.map_err(refused)?;
+        let params = params.into_iter().map(|param| param as &dyn ToSql);
+        let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;
+        Ok((point.to_token(), rows))
+    }
+
+    fn failure(&self, error: &tokio_postgres::Error) -> Error {
+        if self.started.elapsed() >= self.timeout {
+            return Error::DeadlineExceeded;
+        }
+        tracing::warn!(error = describe(error), "an export broke off");
+        Error::from_postgres(error, Access::Read)
+    }
+}

@@ -1,0 +1,140 @@
+//! The statements of lists. Each is a walk along an index between two positions.
+
+use tokio_postgres::{Row, types::ToSql};
+
+use crate::error::{Access, Error};
+use crate::model::page::{Key, Order, Page, Position, Selection};
+use crate::pb;
+use crate::store::change_log::{BEHIND_POINT, here, point_from_row};
+use crate::store::pool::Db;
+use crate::store::users::{CREATE_TIME, EXTRA, ID, column, user_columns, user_from_row};
+
+/// Every statement of this file, for preparation.
+pub const STATEMENTS: &[&str] = &[
+    BEGINNING,
+    CREATE_TIME_DESC.live,
+    CREATE_TIME_DESC.all,
+    CREATE_TIME_ASC.live,
+    CREATE_TIME_ASC.all,
+    EMAIL_DESC.live,
+    EMAIL_DESC.all,
+    EMAIL_ASC.live,
+    EMAIL_ASC.all,
+    USERNAME_ASC.live,
+    USERNAME_ASC.all,
+];
+
+/// One list, without and with soft-deleted users.
+struct Statements {
+    live: &'static str,
+    all: &'static str,
+}
+
+/// Users between two positions, exclusive. Live and deleted users have indexes of
+/// their own, so a list of both merges two walks.
+macro_rules! statements {
+    ($positions:literal, $order:literal) => {
+        Statements {
+            live: statements!(walk "delete_time is null and username_held", $positions, $order),
+            all: concat!(
+                "select * from (",
+                statements!(walk "delete_time is null and username_held", $positions, $order),
+                " union all ",
+                statements!(walk "delete_time is not null", $positions, $order),
+                ") as both_walks order by ", $order, " limit $5"
+            ),
+        }
+    };
+    (walk $which:literal, $positions:literal, $order:literal) => {
+        concat!(
+            "(select ", user_columns!(), ", username_key from users where ", $which, " and ", $positions,
+            " order by ", $order, " limit $5)"
+        )
+    };
+}
+
+const CREATE_TIME_DESC: Statements =
+    statements!("(create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)", "create_time desc, id desc");
+
+const CREATE_TIME_ASC: Statements =
+    statements!("(create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)", "create_time, id");
+
+const EMAIL_DESC: Statements = statements!(
+    "email_key = $6 and (create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)",
+    "create_time desc, id desc"
+);
+
+const EMAIL_ASC: Statements = statements!(
+    "email_key = $6 and (create_time, id) > ($1, $2) and (create_time, id) < ($3, $4)",
+    "create_time, id"
+);
+
+const USERNAME_ASC: Statements =
+    statements!("(username_key, id) > ($1, $2) and (username_key, id) < ($3, $4)", "username_key, id");
+
+/// The point in history that a watch goes on from, and statistics.
+const BEGINNING: &str = concat!(
+    "select here.*, greatest(reltuples, 0)::bigint from pg_class left join ",
+    here!(),
+    " on true where pg_class.oid = 'users'::regclass"
+);
+
+/// Returns a page.
+pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> {
+    let mut response = pb::ListUsersResponse::default();
+    // Asked before the users are: a watch may show a change again, but must not
+    // miss one.
+    if page.is_first
+        && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
+    {
+        response.watch_token = point_from_row(row)?.map(|point| point.to_token()).unwrap_or_default();
+        response.total_size_estimate = column(row, BEHIND_POINT)?;
+    }
+    let (rows, is_last) = walk(db, page).await?;
+    if let Some(last) = rows.last().filter(|_| !is_last) {
+        response.next_page_token = page.token_after(&position(last, page.rest.order)?);
+    }
+    response.users = rows.iter().map(user_from_row).collect::<Result<_, _>>()?;
+    Ok(response)
+}
+
+/// The users of a page, and whether it is the last one.
+pub(crate) async fn walk(db: &Db, page: &Page) -> Result<(Vec<Row>, bool), Error> {
+    let one_more = i64::try_from(page.size + 1).ok();
+    let mut rows = db.run(Access::Read, statement(&page.rest), &params(&page.rest, &one_more)).await?;
+    let is_last = rows.len() <= page.size;
+    rows.truncate(page.size);
+    Ok((rows, is_last))
+}
+
+/// The walk along a list.
+pub(crate) fn statement(list: &Selection) -> &'static str {
+    let statements = match (list.order, &list.email_key) {
+        (Order::CreateTimeDesc, None) => CREATE_TIME_DESC,
+        (Order::CreateTimeAsc, None) => CREATE_TIME_ASC,
+        (Order::CreateTimeDesc, Some(_)) => EMAIL_DESC,
+        (Order::CreateTimeAsc, Some(_)) => EMAIL_ASC,
+        (Order::UsernameAsc, _) => USERNAME_ASC,
+    };
+    if list.include_deleted { statements.all } else { statements.live }
+}
+
+/// The parameters of its [`statement`]; without a limit, it goes to the end.
+pub(crate) fn params<'a>(list: &'a Selection, limit: &'a Option<i64>) -> Vec<&'a (dyn ToSql + Sync)> {
+    let (from, to) = (&list.from, &list.to);
+    let mut params: Vec<&(dyn ToSql + Sync)> =
+        vec![from.key.as_param(), &from.id, to.key.as_param(), &to.id, limit];
+    if let Some(email_key) = &list.email_key {
+        params.push(email_key);
+    }
+    params
+}
+
+/// Where a user stands in the order.
+pub(crate) fn position(row: &Row, order: Order) -> Result<Position, Error> {
+    let key = match order {
+        Order::CreateTimeDesc | Order::CreateTimeAsc => Key::Time(column(row, CREATE_TIME)?),
+        Order::UsernameAsc => Key::Username(column(row, EXTRA)?),
+    };
+    Ok(Position { key, id: column(row, ID)? })
+}

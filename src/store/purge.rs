@@ -1,0 +1,112 @@
+//! Erases what has served its time: soft-deleted users, request ids, chunks of
+//! imports, old changes.
+//! Small batches, each a statement of its own, so that nothing waits for long;
+//! an advisory lock that lasts as long as the statement lets one replica at a
+//! time do it.
+
+use std::time::Duration;
+
+use tokio::time;
+
+use crate::config::Config;
+use crate::error::{Access, Error};
+use crate::store::pool::{Db, Params};
+use crate::store::users::column;
+
+/// Every statement of this file, for preparation.
+pub const STATEMENTS: &[&str] = &[PURGE_USERS, PURGE_REQUESTS, PURGE_IMPORT_CHUNKS, PURGE_CHANGES];
+
+/// Soft-deleted users whose time has come; the change log has each.
+const PURGE_USERS: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), due as (
+    select id from users, turn where is_ours and purge_time <= now()
+    order by purge_time limit 500 for update of users skip locked
+), gone as (
+    delete from users using due where users.id = due.id returning users.id, users.revision
+), change as (
+    insert into user_changes (user_id, revision, kind) select id, revision + 1, 6 from gone
+)
+select count(*) from gone";
+
+/// Request ids that are older than a retry can be.
+const PURGE_REQUESTS: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), due as (
+    select request_id from requests, turn where is_ours and expire_time <= now()
+    order by expire_time limit 500 for update of requests skip locked
+), gone as (
+    delete from requests using due where requests.request_id = due.request_id returning 1
+)
+select count(*) from gone";
+
+/// Chunks of imports that nobody goes on with any more.
+const PURGE_IMPORT_CHUNKS: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), due as (
+    select key from import_chunks, turn where is_ours and expire_time <= now()
+    order by expire_time limit 500 for update of import_chunks skip locked
+), gone as (
+    delete from import_chunks using due where import_chunks.key = due.key returning 1
+)
+select count(*) from gone";
+
+/// The oldest changes, as far as they are older than the retention of `$1` hours and
+/// nobody can still add to them. The newest of them is noted, so that it is known who
+/// has missed something.
+const PURGE_CHANGES: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), oldest as (
+    select xid, seq, time from user_changes order by xid, seq limit 500
+), gone as (
+    delete from user_changes using oldest, turn
+    where is_ours and user_changes.xid = oldest.xid and user_changes.seq = oldest.seq
+        and oldest.time < now() - $1::integer * interval '1 hour'
+        and oldest.xid < pg_snapshot_xmin(pg_current_snapshot())
+    returning user_changes.xid, user_changes.time
+), noted as (
+    update user_feed set purged_xid = newest.xid, purged_time = newest.time
+    from (select xid, time from gone order by xid desc limit 1) as newest
+    where newest.xid > purged_xid
+)
+select count(*) from gone";
+
+/// Purges now and then, for ever.
+pub async fn run(db: &Db, config: &Config) {
+    let interval = Duration::from_millis(config.purge_interval_ms);
+    let hours = i32::try_from(config.change_retention_hours).unwrap_or(i32::MAX);
+    let what_goes: [(_, _, Params<'_>); 4] = [
+        ("users", PURGE_USERS, &[]),
+        ("requests", PURGE_REQUESTS, &[]),
+        ("import chunks", PURGE_IMPORT_CHUNKS, &[]),
+        ("changes", PURGE_CHANGES, &[&hours]),
+    ];
+    loop {
+        time::sleep(interval).await;
+        for (what, sql, params) in what_goes {
+            match purge(db, sql, params).await {
+                Ok(0) => {}
+                Ok(count) => tracing::info!(what, count, "purged"),
+                // That is said once, by the health.
+                Err(Error::DatabaseUnavailable) => {}
+                // It is tried again at the next turn.
+                Err(error) => tracing::warn!(what, ?error, "not purged"),
+            }
+        }
+    }
+}
+
+async fn purge(db: &Db, sql: &'static str, params: Params<'_>) -> Result<i64, Error> {
+    let mut total: i64 = 0;
+    loop {
+        let rows = db.run(Access::Write, sql, params).await?;
+        match rows.first().map_or(Ok(0), |row| column(row, 0))? {
+            0 => return Ok(total),
+            count => total += count,
+        }
+    }
+}

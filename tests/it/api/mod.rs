@@ -1,0 +1,18 @@
+//! The rpcs.
+
+pub mod batch;
+mod batch_model;
+mod batch_races;
+mod batch_retries;
+mod coalescing;
+mod create;
+mod delete;
+mod export;
+mod import;
+mod invalid_input;
+mod list;
+mod lookup;
+mod races;
+mod read;
+mod retries;
+mod update;

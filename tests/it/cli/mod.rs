@@ -1,0 +1,5 @@
+//! The command line.
+
+mod import_export;
+mod settings;
+mod watch;

@@ -1,0 +1,5 @@
+//! The change feed.
+
+pub mod chaos;
+pub mod watch;
+mod watch_filters;

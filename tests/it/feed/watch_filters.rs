@@ -1,0 +1,225 @@
+//! A watch with a filter shows whoever meets it, and of all others no more than their ids.
+
+use std::collections::HashMap;
+
+use tonic::{Code, transport::Channel};
+use user_service::pb::{self, user_service_client::UserServiceClient};
+
+use crate::feed::watch::{Watch, from_token, initial_state};
+use crate::mirror::Mirror;
+use crate::support::*;
+
+fn none() -> pb::ListUsersFilter {
+    pb::ListUsersFilter::default()
+}
+
+/// Those whom a list with the same filter has.
+async fn listed(
+    client: &mut UserServiceClient<Channel>,
+    filter: &pb::ListUsersFilter,
+) -> HashMap<String, pb::User> {
+    let by_username = !filter.username_prefix.is_empty();
+    let order = if by_username { pb::OrderBy::UsernameAsc } else { pb::OrderBy::CreateTimeAsc };
+    let request =
+        pb::ListUsersRequest { order_by: order.into(), filter: Some(filter.clone()), ..Default::default() };
+    let page = client.list_users(request).await.unwrap().into_inner();
+    assert_eq!(page.next_page_token, "");
+    page.users.into_iter().map(|user| (user.id.clone(), user)).collect()
+}
+
+/// Gives a user another username or e-mail address.
+async fn change(client: &mut UserServiceClient<Channel>, id: &str, username: &str, email: &str) {
+    let id = id.to_owned();
+    let (username, email) = (username.replacen('-', SECRET, 1), email.replacen('-', SECRET, 1));
+    let user = Some(pb::User { id, username, email, ..Default::default() });
+    client.update_user(pb::UpdateUserRequest { user, ..Default::default() }).await.unwrap();
+}
+
+/// A filter of each kind. The last two are bounded by users that exist.
+async fn some_filters(client: &UserServiceClient<Channel>, ids: &[String]) -> [pb::ListUsersFilter; 9] {
+    let time_of = async |id: &str| {
+        client.clone().get_user(by_id(id)).await.unwrap().into_inner().user.unwrap().create_time
+    };
+    [
+        none(),
+        pb::ListUsersFilter { include_deleted: true, ..none() },
+        pb::ListUsersFilter { username_prefix: format!("{SECRET}AN"), ..none() },
+        pb::ListUsersFilter { username_prefix: format!("{SECRET}an"), include_deleted: true, ..none() },
+        pb::ListUsersFilter { username_prefix: format!("{SECRET}A\u{308}"), ..none() },
+        pb::ListUsersFilter { email: format!("{SECRET}Bob@EXAMPLE.com"), ..none() },
+        pb::ListUsersFilter { email: format!("{SECRET}ANNE@bücher.EXAMPLE"), ..none() },
+        pb::ListUsersFilter { create_time_after: time_of(&ids[1]).await, ..none() },
+        pb::ListUsersFilter { create_time_before: time_of(&ids[2]).await, include_deleted: true, ..none() },
+    ]
+}
+
+#[tokio::test]
+async fn whoever_begins_to_meet_the_filter_comes_and_whoever_ceases_to_goes() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("PURGE_INTERVAL_MS", "10")]).await;
+    let mut client = server.client().await;
+    let mut ids = Vec::new();
+    for name in ["ann", "Anna", "bob", "anz"] {
+        ids.push(created(&mut client, name).await.id);
+    }
+    // What is the same as what is not only for ASCII.
+    let (username, email) = (format!("{SECRET}Änne"), format!("{SECRET}anne@BÜCHER.example"));
+    client.create_user(create(pb::User { username, email, ..Default::default() })).await.unwrap();
+    let mut copies = Vec::new();
+    for filter in some_filters(&client, &ids).await {
+        let request = pb::WatchUsersRequest { filter: Some(filter.clone()), ..initial_state() };
+        let watch = Watch::open(&mut client, request).await.unwrap();
+        copies.push((watch, Mirror::of(Some(filter))));
+    }
+    let (ann, bob) = (ids[0].clone(), ids[2].clone());
+    let erasable = "update users set purge_time = now() where delete_time is not null";
+    for step in 0..12 {
+        match step {
+            0 => {}
+            1 => change(&mut client, &bob, "-anbob", "").await,
+            2 => change(&mut client, &bob, "-bob", "").await,
+            3 => change(&mut client, &ann, "", "-bob@example.com").await,
+            4 => change(&mut client, &ann, "", "-ann@example.com").await,
+            5 => drop(client.delete_user(delete(&ann)).await.unwrap()),
+            6 => {
+                let undelete = pb::UndeleteUserRequest { id: ann.clone(), ..Default::default() };
+                drop(client.undelete_user(undelete).await.unwrap());
+            }
+            7 => {
+                let request = pb::DeleteUserRequest { release_username: true, ..delete(&bob) };
+                drop(client.delete_user(request).await.unwrap());
+            }
+            8 => database.connect().await.batch_execute(erasable).await.unwrap(),
+            9 => drop(client.expunge_user(expunge(&ann)).await.unwrap()),
+            // The same id again, with another create_time.
+            10 => {
+                let again = create(pb::User { id: ann.clone(), ..user("annagain") });
+                drop(client.create_user(again).await.unwrap());
+            }
+            _ => drop(created(&mut client, "anlast").await),
+        }
+        for (watch, mirror) in &mut copies {
+            let filter = mirror.filter.clone().unwrap();
+            let what = format!("step {step} reaches the watch of {filter:?}");
+            eventually(&what, async || {
+                // A purge takes its time.
+                if mirror.is_complete && mirror.users == listed(&mut client.clone(), &filter).await {
+                    return Some(());
+                }
+                let message = watch.message().await.unwrap();
+                message.changes.iter().for_each(|change| assert_is_told_rightly(change, &filter));
+                mirror.apply(message);
+                None
+            })
+            .await;
+        }
+    }
+    // Nothing that comes after that is wrong.
+    for (watch, mirror) in &mut copies {
+        loop {
+            let message = watch.message().await.unwrap();
+            mirror.apply(message.clone());
+            if message.bookmark {
+                break;
+            }
+        }
+        let filter = mirror.filter.clone().unwrap();
+        assert_eq!(mirror.users, listed(&mut client, &filter).await, "{filter:?}");
+    }
+}
+
+fn assert_is_told_rightly(change: &pb::UserChange, filter: &pb::ListUsersFilter) {
+    assert!(change.user.is_none() || !change.removed, "{change:?}");
+    if let Some(user) = &change.user {
+        let username = user.username.to_lowercase();
+        let prefix = filter.username_prefix.to_lowercase().replace("a\u{308}", "ä");
+        assert!(username.starts_with(&prefix), "{change:?}");
+        assert!(filter.email.is_empty() || user.email.to_lowercase() == filter.email.to_lowercase());
+        let time = |time: Option<prost_types::Timestamp>| time.map(|time| (time.seconds, time.nanos));
+        let create_time = time(user.create_time);
+        assert!(create_time > time(filter.create_time_after), "{change:?}");
+        assert!(filter.create_time_before.is_none_or(|before| create_time < time(Some(before))));
+        assert!(filter.include_deleted || user.delete_time.is_none(), "{change:?}");
+    }
+}
+
+#[tokio::test]
+async fn of_those_who_do_not_meet_the_filter_only_the_id_comes() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let filter = pb::ListUsersFilter { username_prefix: format!("{SECRET}an"), ..none() };
+    let request = pb::WatchUsersRequest { filter: Some(filter), ..Default::default() };
+    let mut watch = Watch::open(&mut client, request).await.unwrap();
+    assert!(watch.message().await.unwrap().bookmark);
+    let (bob, ann) = (created(&mut client, "bob").await, created(&mut client, "ann").await);
+    let changes = watch.changes(2).await;
+    let kind = pb::ChangeKind::Created.into();
+    let stranger = pb::UserChange { kind, id: bob.id, revision: 1, user: None, removed: true };
+    assert_eq!(changes[0], stranger);
+    let known = pb::UserChange { kind, id: ann.id.clone(), revision: 1, user: Some(ann), removed: false };
+    assert_eq!(changes[1], known);
+}
+
+#[tokio::test]
+async fn a_token_belongs_to_its_filter_and_that_of_a_list_or_an_export_to_any() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let before = client.list_users(pb::ListUsersRequest::default()).await.unwrap().into_inner().watch_token;
+    let mut exported = client.export_users(pb::ExportUsersRequest::default()).await.unwrap().into_inner();
+    let exported = exported.message().await.unwrap().unwrap().watch_token;
+    for name in ["ann", "bob"] {
+        created(&mut client, name).await;
+    }
+    let prefix = |text: &str| pb::ListUsersFilter { username_prefix: format!("{SECRET}{text}"), ..none() };
+    let all = pb::ListUsersFilter { include_deleted: true, ..none() };
+    let filters = [None, Some(all), Some(none()), Some(prefix("an")), Some(prefix("AN")), Some(prefix("bo"))];
+    // Which of them mean the same.
+    let meanings = [0, 0, 1, 2, 2, 3];
+    // Within the initial state, and behind it.
+    for messages in [1, 2] {
+        for (filter, meaning) in filters.iter().zip(meanings) {
+            let request = pb::WatchUsersRequest { filter: filter.clone(), ..initial_state() };
+            let mut watch = Watch::open(&mut client, request).await.unwrap();
+            for _ in 0..messages {
+                watch.message().await.unwrap();
+            }
+            for (other, other_meaning) in filters.iter().zip(meanings) {
+                let request = pb::WatchUsersRequest { filter: other.clone(), ..from_token(&watch.token) };
+                let resumed = Watch::open(&mut client, request).await.map(drop);
+                if meaning == other_meaning {
+                    resumed.unwrap();
+                } else {
+                    let status = assert_refused(resumed, Code::InvalidArgument, "RESUME_TOKEN_INVALID");
+                    assert_eq!(violations(&status)[0].0, "resume_token");
+                }
+            }
+        }
+    }
+    for token in [&before, &exported] {
+        for filter in &filters {
+            let request = pb::WatchUsersRequest { filter: filter.clone(), ..from_token(token) };
+            Watch::open(&mut client, request).await.unwrap().changes(2).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_filter_that_no_index_serves_or_that_is_wrong_is_refused_by_its_field() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let an = || pb::ListUsersFilter { username_prefix: "an".into(), ..none() };
+    for (filter, reason, field) in [
+        (pb::ListUsersFilter { email: "a@b.c".into(), ..an() }, "FILTER_UNSUPPORTED", "filter"),
+        (pb::ListUsersFilter { email: "nonsense".into(), ..none() }, "EMAIL_INVALID", "filter.email"),
+        (
+            pb::ListUsersFilter { username_prefix: "a\0".into(), ..none() },
+            "FIELD_INVALID",
+            "filter.username_prefix",
+        ),
+    ] {
+        let request = pb::WatchUsersRequest { filter: Some(filter), ..initial_state() };
+        let refused = Watch::open(&mut client, request).await.map(drop);
+        let status = assert_refused(refused, Code::InvalidArgument, reason);
+        assert_eq!(violations(&status), [(field.into(), reason.into())]);
+    }
+}

@@ -1,0 +1,5 @@
+//! Connections, deadlines, start and stop, foreign clients.
+
+mod clients;
+mod deadlines;
+mod lifecycle;

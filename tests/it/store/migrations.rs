@@ -1,0 +1,85 @@
+//! The schema is brought up to date once, whoever starts when.
+
+use std::process::Command;
+
+use futures_util::future::join_all;
+use user_service::store::list;
+use user_service::store::pool::MIGRATION_LOCK;
+
+use crate::support::*;
+
+const APPLIED: &str = "select count(*) from refinery_schema_history";
+
+#[tokio::test]
+async fn eight_replicas_that_start_together_on_an_empty_database_all_get_ready() {
+    let database = Database::empty().await;
+    let servers = join_all((0..8).map(|_| Server::start(&database, &[("POOL_SIZE", "2")]))).await;
+    for (n, server) in servers.iter().enumerate() {
+        created(&mut server.client().await, &format!("user{n}")).await;
+    }
+    assert_eq!(database.count(APPLIED).await, 6);
+    let migrated: usize =
+        servers.iter().map(|server| server.log().matches(r#""message":"migrated""#).count()).sum();
+    assert_eq!(migrated, 6);
+}
+
+#[tokio::test]
+async fn a_replica_that_dies_while_it_migrates_does_not_stop_the_others() {
+    let database = Database::empty().await;
+    // Somebody has the lock, and goes.
+    let holder = database.connect().await;
+    holder.batch_execute(&format!("select pg_advisory_lock({MIGRATION_LOCK})")).await.unwrap();
+    let server = Server::spawn(&[("DATABASE_URL", &database.url())]).await;
+    let polls = "select count(*) from pg_stat_activity
+        where datname = current_database() and query like 'select pg_try_advisory_lock%'";
+    eventually("it asks for the lock", async || (database.count(polls).await > 0).then_some(())).await;
+    // Nobody else has begun.
+    let tables = "select count(*) from pg_class where relname in ('users', 'refinery_schema_history')";
+    assert_eq!(database.count(tables).await, 0);
+    // It holds no snapshot meanwhile: an index could be built concurrently.
+    let in_transaction = format!("{polls} and backend_xmin is not null and state <> 'active'");
+    assert_eq!(database.count(&in_transaction).await, 0);
+    drop(holder);
+    server.wait_until("", tonic_health::pb::health_check_response::ServingStatus::Serving).await;
+}
+
+#[tokio::test]
+async fn a_database_ahead_of_the_binary_is_served() {
+    let database = Database::migrated().await;
+    let future = "insert into refinery_schema_history
+        select 99, 'from_the_future', applied_on, checksum from refinery_schema_history limit 1";
+    database.connect().await.batch_execute(future).await.unwrap();
+    let server = Server::start(&database, &[]).await;
+    created(&mut server.client().await, "alice").await;
+}
+
+#[tokio::test]
+async fn migrate_does_that_and_exits() {
+    let database = Database::empty().await;
+    for _ in 0..2 {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
+        let output = command.arg("migrate").env_clear().env("DATABASE_URL", database.url()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(database.count(APPLIED).await, 6);
+    }
+}
+
+#[tokio::test]
+async fn a_schema_that_does_not_fit_stops_the_start() {
+    let database = Database::migrated().await;
+    assert!(list::STATEMENTS.iter().any(|sql| sql.contains("display_name")));
+    database.connect().await.batch_execute("alter table users drop column display_name").await.unwrap();
+    let mut server = Server::spawn(&[("DATABASE_URL", &database.url())]).await;
+    assert!(!server.ended().await.success());
+    assert!(server.log().contains("42703"), "{}", server.log());
+}
+
+#[tokio::test]
+async fn a_migration_that_was_changed_afterwards_stops_the_start() {
+    let database = Database::migrated().await;
+    let change = "update refinery_schema_history set checksum = '1' where version = 1";
+    database.connect().await.batch_execute(change).await.unwrap();
+    let mut server = Server::spawn(&[("DATABASE_URL", &database.url())]).await;
+    assert!(!server.ended().await.success());
+    assert!(server.log().contains("different than filesystem one"), "{}", server.log());
+}

@@ -1,0 +1,5 @@
+//! Statements, faults and migrations.
+
+mod dev_postgres;
+mod faults;
+mod migrations;
