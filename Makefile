@@ -18,7 +18,7 @@ run: $(if $(DATABASE_URL),,postgres) ## Run the service, on a private PostgreSQL
 .PHONY: test
 test: postgres $(BUF) $(PYTHON) ## Run all tests
 	cargo test --locked
-	GROUPING=off cargo test --locked --test it
+	REQUEST_COALESCING=off cargo test --locked --test it
 
 .PHONY: lint
 lint: $(BUF) $(CARGO_DENY) ## Check formatting, code, protos, and dependencies' licences

@@ -25,7 +25,7 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 use user_service::pb::{
-    ListUsersFilter, User, WatchUsersRequest, WatchUsersResponse, user_service_client::UserServiceClient,
+    User, UserFilter, WatchUsersRequest, WatchUsersResponse, user_service_client::UserServiceClient,
 };
 
 /// The service sends a bookmark every 5 seconds when nothing changes. Without a sign of
@@ -39,7 +39,7 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct Mirror {
     /// Of which users; `None`: of all. It stays the same.
-    pub filter: Option<ListUsersFilter>,
+    pub filter: Option<UserFilter>,
     /// By id. Soft-deleted ones have a `delete_time`.
     pub users: HashMap<String, User>,
     /// Whether all users have been there once. Until then, one that is not in the copy
@@ -51,7 +51,7 @@ pub struct Mirror {
 
 impl Mirror {
     /// A copy that is empty yet.
-    pub fn of(filter: Option<ListUsersFilter>) -> Self {
+    pub fn of(filter: Option<UserFilter>) -> Self {
         Self { filter, ..Self::default() }
     }
 

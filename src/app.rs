@@ -13,8 +13,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::api::coalescer::Limits;
-use crate::api::service::Users;
-use crate::config::{Config, Grouping};
+use crate::api::service::UserService;
+use crate::config::{Config, RequestCoalescing};
 use crate::feed::reader::Feed;
 use crate::health;
 use crate::pb;
@@ -60,7 +60,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
     let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
     let users =
-        Users::new(Arc::clone(&db), group_limits(&config), &lanes, imports, exports, Arc::clone(&feed));
+        UserService::new(Arc::clone(&db), group_limits(&config), &lanes, imports, exports, Arc::clone(&feed));
     let services = services(users, &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
@@ -125,7 +125,7 @@ async fn keep_database(
     prepare(&postgres, &db).await?;
     tokio::join!(
         health::watch_database(&postgres, &reporter),
-        db.warm(),
+        db.prewarm(),
         db.retire_connections(),
         purge::run(&db, &config),
         change_log::keep_adopted(&db, &postgres),
@@ -162,7 +162,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
         let Err(error) = async {
             pool::migrate(postgres).await?;
             change_log::adopt(postgres).await?;
-            db.open().await
+            db.verify_schema().await
         }
         .await
         else {
@@ -183,13 +183,13 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
 
 fn group_limits(config: &Config) -> Limits {
     Limits {
-        lanes: match config.grouping {
-            Grouping::On => LANES,
-            Grouping::Off => usize::MAX,
+        lanes: match config.request_coalescing {
+            RequestCoalescing::On => LANES,
+            RequestCoalescing::Off => usize::MAX,
         },
         size: GROUP_SIZE,
-        waiting: config.max_waiting_calls,
-        timeout: Duration::from_millis(config.call_timeout_ms),
+        waiting: config.max_queued_requests,
+        timeout: Duration::from_millis(config.request_timeout_ms),
     }
 }
 
@@ -208,7 +208,7 @@ pub fn statements() -> Vec<&'static str> {
     .concat()
 }
 
-fn services(users: Users, reporter: &HealthReporter) -> anyhow::Result<Vec<NamedService>> {
+fn services(users: UserService, reporter: &HealthReporter) -> anyhow::Result<Vec<NamedService>> {
     let health = HealthService::from_health_reporter(reporter.clone());
     let reflection = || {
         tonic_reflection::server::Builder::configure()

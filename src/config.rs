@@ -77,16 +77,16 @@ pub struct Config {
 
     /// How long a statement waits for a connection before its calls are refused.
     #[arg(long, env, global = true, default_value_t = 5_000, value_parser = range::<u64>(1, 600_000))]
-    pub pool_wait_timeout_ms: u64,
+    pub pool_acquire_timeout_ms: u64,
 
     /// Calls that may wait for a connection, and for the next shared statement of each
     /// kind; more are refused at once.
     #[arg(long, env, global = true, default_value_t = 1_024, value_parser = range::<usize>(1, 1_000_000))]
-    pub max_waiting_calls: usize,
+    pub max_queued_requests: usize,
 
     /// How long a call may take, whatever its own deadline; of a stream, each statement.
     #[arg(long, env, global = true, default_value_t = 30_000, value_parser = range::<u64>(1, 600_000))]
-    pub call_timeout_ms: u64,
+    pub request_timeout_ms: u64,
 
     /// How long a statement waits for a row or a table that another transaction has locked,
     /// before its call is refused as TRANSACTION_CONFLICT. Shared statements wait for a tenth
@@ -150,7 +150,7 @@ pub struct Config {
     /// Whether calls that wait for the same kind of statement share one. Off only
     /// to compare: the answers are the same.
     #[arg(long, env, global = true, default_value = "on")]
-    pub grouping: Grouping,
+    pub request_coalescing: RequestCoalescing,
 
     /// What to log: a level, or `target=level` pairs. SQL is logged at debug.
     #[arg(long, env, global = true, default_value = "info", value_parser = parse_log_filter)]
@@ -163,7 +163,7 @@ pub struct Config {
 
 /// Whether calls are grouped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Grouping {
+pub enum RequestCoalescing {
     /// They are.
     On,
     /// Each runs alone.

@@ -121,13 +121,13 @@ pub enum Access {
     /// It changes them, and is committed.
     Write,
     /// It changes them, and is rolled back.
-    Rehearse,
+    DryRun,
 }
 
 impl Access {
     /// A change, for real or only to see what would happen.
     pub fn write(validate_only: bool) -> Self {
-        if validate_only { Self::Rehearse } else { Self::Write }
+        if validate_only { Self::DryRun } else { Self::Write }
     }
 }
 
@@ -153,7 +153,7 @@ impl Error {
     /// PostgreSQL goes further than this, since both repeat values.
     pub fn from_postgres(error: &tokio_postgres::Error, access: Access) -> Self {
         let lost = match access {
-            Access::Read | Access::Rehearse => Self::DatabaseUnavailable,
+            Access::Read | Access::DryRun => Self::DatabaseUnavailable,
             // Nobody knows whether it was committed.
             Access::Write => Self::OutcomeUnknown,
         };

@@ -13,8 +13,8 @@ use crate::feed::watcher::Watcher;
 use crate::model::names::Username;
 use crate::model::page::Page;
 use crate::model::request::{
-    Batch, Change, Chunk, Create, Delete, Export, Expunge, Lookup, NewUser, Removal, Undelete, Update,
-    UserKey, Watch,
+    Batch, Chunk, Create, Delete, Export, Expunge, Lookup, NewUser, Removal, Undelete, Update, UserKey,
+    UserPatch, Watch,
 };
 use crate::pb;
 use crate::pb::codec::Encoded;
@@ -28,7 +28,7 @@ use crate::store::pool::Db;
 use crate::store::users;
 
 /// The service `users.v1.UserService`.
-pub struct Users {
+pub struct UserService {
     db: Arc<Db>,
     feed: Arc<Feed>,
     gets: Arc<Group<Gets>>,
@@ -39,7 +39,7 @@ pub struct Users {
     exports: Exports,
 }
 
-impl Users {
+impl UserService {
     /// The service on this database, with groups within these limits.
     pub fn new(
         db: Arc<Db>,
@@ -66,7 +66,7 @@ type Answer<T> = Result<Response<T>, Status>;
 type AnswerStream<T> = BoxStream<'static, Result<T, Status>>;
 
 #[tonic::async_trait]
-impl pb::user_service_server::UserService for Users {
+impl pb::user_service_server::UserService for UserService {
     async fn create_user(&self, request: Request<pb::CreateUserRequest>) -> Answer<pb::CreateUserResponse> {
         let create = Create::parse(request.into_inner())?;
         let user = self.creates.run(create).await?;
@@ -141,7 +141,7 @@ impl pb::user_service_server::UserService for Users {
         &self,
         request: Request<pb::BatchUpdateUsersRequest>,
     ) -> Answer<pb::BatchUpdateUsersResponse> {
-        let batch = Batch::<Change>::parse(request.into_inner())?;
+        let batch = Batch::<UserPatch>::parse(request.into_inner())?;
         let users = batch::update(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchUpdateUsersResponse { users }))
     }
@@ -170,7 +170,7 @@ impl pb::user_service_server::UserService for Users {
         let holder = users::username_holder(&self.db, &username).await?;
         Ok(Response::new(pb::CheckUsernameResponse {
             available: holder.is_none(),
-            canonical: username.key().to_owned(),
+            canonical: username.canonical().to_owned(),
             reason: holder.map_or("", |_| reason::USERNAME_TAKEN).to_owned(),
             available_time: holder.flatten().map(Into::into),
         }))

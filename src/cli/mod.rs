@@ -25,7 +25,7 @@ pub mod watch;
 
 /// How long it may take to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the answer to a call may take to begin: more than `CALL_TIMEOUT_MS` by default.
+/// How long the answer to a call may take to begin: more than `REQUEST_TIMEOUT_MS` by default.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// A silent service is asked whether it is still there.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -52,15 +52,15 @@ pub struct Filter {
 
 impl Filter {
     /// The filter of a request; `None` if nothing was said.
-    fn to_pb(&self, include_deleted: Option<bool>) -> Option<pb::ListUsersFilter> {
-        let filter = pb::ListUsersFilter {
+    fn to_pb(&self, include_deleted: Option<bool>) -> Option<pb::UserFilter> {
+        let filter = pb::UserFilter {
             username_prefix: self.username_prefix.clone().unwrap_or_default(),
             email: self.email.clone().unwrap_or_default(),
             create_time_after: self.create_time_after,
             create_time_before: self.create_time_before,
             include_deleted: include_deleted.unwrap_or_default(),
         };
-        (include_deleted.is_some() || filter != pb::ListUsersFilter::default()).then_some(filter)
+        (include_deleted.is_some() || filter != pb::UserFilter::default()).then_some(filter)
     }
 }
 

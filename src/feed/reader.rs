@@ -18,10 +18,10 @@ use tokio_postgres::Row;
 
 use crate::config::Config;
 use crate::error::{Access, Error};
-use crate::limits::Places;
+use crate::limits::StreamLimiter;
 use crate::model::page::Page;
-use crate::model::position::{Change, Point};
-use crate::store::change_log::{self, Batch, Behind, NOW, point_from_rows};
+use crate::model::position::{LogPosition, TransactionStamp};
+use crate::store::change_log::{self, ChangeBatch, ChangesSince, NOW, position_from_rows};
 use crate::store::list;
 use crate::store::pool::Db;
 use crate::telemetry::describe;
@@ -61,11 +61,11 @@ const RECONNECT_DELAY: Duration = Duration::from_millis(500);
 /// The feed of a process.
 pub struct Feed {
     db: Arc<Db>,
-    rounds: broadcast::Sender<Arc<Batch>>,
+    rounds: broadcast::Sender<Arc<ChangeBatch>>,
     /// Told when somebody begins to watch.
     arrivals: Notify,
     /// For those who watch.
-    pub places: Places,
+    pub limiter: StreamLimiter,
     reading: Semaphore,
     fast: Arc<Semaphore>,
 }
@@ -77,26 +77,26 @@ impl Feed {
             db,
             rounds: broadcast::Sender::new(ROUNDS_KEPT),
             arrivals: Notify::new(),
-            places: Places::new("watches", config.max_watchers),
+            limiter: StreamLimiter::new("watches", config.max_watchers),
             reading: Semaphore::new(READING_AT_ONCE),
             fast: Arc::new(Semaphore::new(FAST_AT_ONCE)),
         }
     }
 
     /// What is published from now on: rounds, each of which begins where the one before ends.
-    pub fn rounds(&self) -> broadcast::Receiver<Arc<Batch>> {
+    pub fn rounds(&self) -> broadcast::Receiver<Arc<ChangeBatch>> {
         let rounds = self.rounds.subscribe();
         self.arrivals.notify_one();
         rounds
     }
 
     /// The point that has all that is committed.
-    pub async fn now(&self) -> Result<Point, Error> {
-        point_from_rows(&self.db.run(Access::Read, NOW, &[]).await?)
+    pub async fn now(&self) -> Result<LogPosition, Error> {
+        position_from_rows(&self.db.run(Access::Read, NOW, &[]).await?)
     }
 
     /// Refuses a point from which the log does not lead on.
-    pub async fn check(&self, point: &Point) -> Result<(), Error> {
+    pub async fn check(&self, point: &LogPosition) -> Result<(), Error> {
         change_log::check(&self.db, point).await
     }
 
@@ -112,12 +112,12 @@ impl Feed {
     }
 
     /// The changes behind a point, for somebody who is behind the rounds.
-    pub async fn read(&self, from: Point, is_fast: bool) -> Result<Behind, Error> {
+    pub async fn read(&self, from: LogPosition, is_fast: bool) -> Result<ChangesSince, Error> {
         let _turn = self.reading.acquire().await;
         let mut connection = self.db.connection().await?;
         let size = if is_fast { FAST_SIZE } else { ROUND_SIZE };
-        let behind = change_log::read(connection.busy().ok_or(Error::Internal)?, from, size).await;
-        connection.finish(Access::Read, behind)?
+        let behind = change_log::read(connection.client_mut().ok_or(Error::Internal)?, from, size).await;
+        connection.release(Access::Read, behind)?
     }
 
     /// Publishes rounds while somebody watches, for ever. Those who watch stay when the
@@ -129,7 +129,7 @@ impl Feed {
             let begun = Instant::now();
             let Err(error) = self.publish_from(&mut published).await;
             if let Some(error) = error.downcast_ref() {
-                self.db.renew_if_stale(error);
+                self.db.invalidate_statements(error);
             }
             // An attempt that fails at once, while PostgreSQL is away, is no news.
             if begun.elapsed() > RECONNECT_DELAY {
@@ -142,7 +142,7 @@ impl Feed {
     }
 
     /// Publishes what follows the point that was published last.
-    async fn publish_from(&self, published: &mut Option<Point>) -> anyhow::Result<Infallible> {
+    async fn publish_from(&self, published: &mut Option<LogPosition>) -> anyhow::Result<Infallible> {
         let failed = |error: Error| anyhow::anyhow!("{error:?}");
         let mut client = self.db.own_connection().await?;
         tracing::debug!("the change feed is read");
@@ -157,7 +157,7 @@ impl Feed {
                     last_round = None;
                     let now = client.prepare_cached(NOW).await?;
                     let rows = time::timeout(READ_TIMEOUT, client.query(&now, &[])).await??;
-                    point_from_rows(&rows).map_err(failed)?
+                    position_from_rows(&rows).map_err(failed)?
                 }
             };
             let from = published.insert(from);
@@ -182,7 +182,7 @@ impl Feed {
                 poll = (poll * 2).min(POLL_MAX);
                 continue;
             }
-            from.clone_from(&batch.upto);
+            from.clone_from(&batch.end);
             let octets = batch.messages.iter().map(Message::encoded_len).sum();
             let pause = gather_time(self.rounds.receiver_count(), octets);
             // It fails if the last watcher has just gone.
@@ -197,7 +197,7 @@ impl Feed {
     }
 
     /// Waits for a watcher, if there is none. What happens meanwhile is not published.
-    async fn somebody_watches(&self, published: &mut Option<Point>) {
+    async fn somebody_watches(&self, published: &mut Option<LogPosition>) {
         while self.rounds.receiver_count() == 0 {
             *published = None;
             self.arrivals.notified().await;
@@ -212,9 +212,9 @@ impl Feed {
 
 /// A round that goes on from nobody's point: who gets it looks into the log, and finds out
 /// whether that goes on.
-fn of_no_history() -> Batch {
-    let nowhere = Point::now(String::new(), &[], Change { xid: 0, time_us: 0 });
-    Batch { from: nowhere.clone(), upto: nowhere, messages: Vec::new() }
+fn of_no_history() -> ChangeBatch {
+    let nowhere = LogPosition::now(String::new(), &[], TransactionStamp { xid: 0, time_us: 0 });
+    ChangeBatch { from: nowhere.clone(), end: nowhere, messages: Vec::new() }
 }
 
 /// How long a round gathers, when as much as the last one goes to so many.

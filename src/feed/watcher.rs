@@ -21,11 +21,11 @@ use tonic::Status;
 use crate::error::Error;
 use crate::feed::reader::{BOOKMARK_INTERVAL, Feed};
 use crate::model::page::{Page, Selection};
-use crate::model::position::{Point, Token};
+use crate::model::position::{LogPosition, Token};
 use crate::model::request::Watch;
 use crate::pb;
 use crate::pb::codec::Encoded;
-use crate::store::change_log::{Batch, Behind, MESSAGE_SIZE, leading_to};
+use crate::store::change_log::{ChangeBatch, ChangesSince, MESSAGE_SIZE, position_message};
 use crate::store::list::position;
 use crate::store::users::user_from_row;
 
@@ -34,9 +34,9 @@ pub struct Watcher {
     feed: Arc<Feed>,
     /// Which users it is of; `None`: all.
     filter: Option<Selection>,
-    rounds: Receiver<Arc<Batch>>,
+    rounds: Receiver<Arc<ChangeBatch>>,
     /// What the client has been sent, when it has the messages that are at hand.
-    point: Point,
+    point: LogPosition,
     /// When it was sent something last.
     sent: Instant,
     /// What is at hand for the client.
@@ -45,7 +45,7 @@ pub struct Watcher {
     fast: Option<OwnedSemaphorePermit>,
     /// What comes then.
     next: Next,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 /// Where the next messages come from.
@@ -55,7 +55,7 @@ enum Next {
     /// What is in the log behind the point, as soon as the client asks for it.
     Missed,
     /// The same, which a task reads.
-    Reading(JoinSet<Result<Behind, Error>>),
+    Reading(JoinSet<Result<ChangesSince, Error>>),
     /// A round.
     Round,
 }
@@ -63,7 +63,7 @@ enum Next {
 impl Watcher {
     /// Begins to watch, unless there are too many or the token cannot be resumed.
     pub async fn start(feed: Arc<Feed>, watch: Watch) -> Result<Self, Error> {
-        let place = feed.places.take()?;
+        let permit = feed.limiter.acquire()?;
         // Before the point is known, so that nothing falls in between.
         let rounds = feed.rounds();
         let mut fast = None;
@@ -81,7 +81,7 @@ impl Watcher {
         };
         let (sent, messages) = (Instant::now(), Vec::new().into_iter());
         let (filter, next) = (watch.filter, Next::Round);
-        let mut watcher = Self { feed, filter, rounds, point, sent, messages, fast, next, _place: place };
+        let mut watcher = Self { feed, filter, rounds, point, sent, messages, fast, next, _permit: permit };
         if let Some(page) = watch.initial_state {
             watcher.next = Next::Users(page);
             return Ok(watcher);
@@ -140,14 +140,14 @@ impl Watcher {
     }
 
     fn send_bookmark(&mut self) {
-        let bookmark = pb::WatchUsersResponse { bookmark: true, ..leading_to(&self.point) };
+        let bookmark = pb::WatchUsersResponse { bookmark: true, ..position_message(&self.point) };
         self.messages = vec![Encoded::new(&bookmark)].into_iter();
     }
 
     /// Sends what was read behind the point, if that is anything. What comes then may be
     /// read meanwhile.
-    async fn send(&mut self, missed: Behind) -> Result<(), Error> {
-        self.point.clone_from(&missed.upto);
+    async fn send(&mut self, missed: ChangesSince) -> Result<(), Error> {
+        self.point.clone_from(&missed.end);
         self.next = match &self.fast {
             _ if missed.is_all => Next::Round,
             Some(_) => self.reading(),
@@ -172,7 +172,7 @@ impl Watcher {
         Next::Reading(reading)
     }
 
-    /// The next users of the initial state. Behind the last ones come the changes that
+    /// The next users of the initial state. ChangesSince the last ones come the changes that
     /// were made since it began.
     async fn users(&mut self, mut page: Page) -> Result<(), Error> {
         let existing = |row| {
@@ -196,7 +196,7 @@ impl Watcher {
         }
         self.next = Next::Users(page);
         if is_last {
-            let end = pb::WatchUsersResponse { initial_state_end: true, ..leading_to(&self.point) };
+            let end = pb::WatchUsersResponse { initial_state_end: true, ..position_message(&self.point) };
             messages.push(Encoded::new(&end));
             self.next = Next::Missed;
         }
@@ -217,20 +217,20 @@ impl Watcher {
             }
             Err(RecvError::Closed) => return Err(Error::Stopping),
         };
-        let is_known = self.point.includes(&round.upto);
-        let leads_on = self.point.includes(&round.from) && round.upto.includes(&self.point);
+        let is_known = self.point.includes(&round.end);
+        let leads_on = self.point.includes(&round.from) && round.end.includes(&self.point);
         if !is_known && !leads_on {
             self.next = Next::Missed;
             return Ok(());
         }
         if !is_known {
-            self.point = round.upto.clone();
+            self.point = round.end.clone();
             self.messages = round.messages.clone().into_iter();
         }
         if round.messages.is_empty() {
             self.send_bookmark();
         } else if is_known && self.sent.elapsed() >= BOOKMARK_INTERVAL {
-            self.messages = vec![Encoded::new(&leading_to(&self.point))].into_iter();
+            self.messages = vec![Encoded::new(&position_message(&self.point))].into_iter();
         }
         Ok(())
     }

@@ -45,12 +45,12 @@ impl Username {
     }
 
     /// The username as it was typed.
-    pub fn typed(&self) -> &str {
+    pub fn as_entered(&self) -> &str {
         &self.typed
     }
 
     /// Its canonical form: RFC 8265, UsernameCaseMapped.
-    pub fn key(&self) -> &str {
+    pub fn canonical(&self) -> &str {
         &self.key
     }
 }
@@ -181,12 +181,12 @@ impl Email {
     }
 
     /// The address as it was typed.
-    pub fn typed(&self) -> &str {
+    pub fn as_entered(&self) -> &str {
         &self.typed
     }
 
     /// The local part in lower case, `@`, and the domain as IDNA has it.
-    pub fn key(&self) -> &str {
+    pub fn canonical(&self) -> &str {
         &self.key
     }
 }
@@ -305,7 +305,7 @@ mod tests {
             ("ju\u{308}rgen@xn--bcher-kva.example", "j\u{fc}rgen@xn--bcher-kva.example"),
         ];
         for (typed, expected) in taken {
-            assert_eq!(Email::parse(typed).unwrap().key(), expected);
+            assert_eq!(Email::parse(typed).unwrap().canonical(), expected);
         }
         let refused = [
             "",

@@ -81,7 +81,7 @@ impl Selection {
     /// not made for this selection.
     pub fn page_after(self, token: &str, size: usize) -> Option<Page> {
         let first = self.first_page(size);
-        let last = first.rest.order.position_from_bytes(&open(&first.seal, token)?)?;
+        let last = first.rest.order.position_from_bytes(&decode_token(&first.seal, token)?)?;
         Some(first.page_after(last))
     }
 
@@ -93,11 +93,11 @@ impl Selection {
                 user.create_time.and_then(|time| time.try_into().ok()).map(Key::Time)
             }
             Order::UsernameAsc => {
-                Username::parse(&user.username).ok().map(|name| Key::Username(name.key().to_owned()))
+                Username::parse(&user.username).ok().map(|name| Key::Username(name.canonical().to_owned()))
             }
         };
         let position = key.zip(Uuid::try_parse(&user.id).ok()).map(|(key, id)| Position { key, id });
-        let has_email = |key: &String| Email::parse(&user.email).is_ok_and(|email| email.key() == key);
+        let has_email = |key: &String| Email::parse(&user.email).is_ok_and(|email| email.canonical() == key);
         position.is_some_and(|position| self.from < position && position < self.to)
             && (self.include_deleted || user.delete_time.is_none())
             && self.email_key.as_ref().is_none_or(has_email)
@@ -105,12 +105,12 @@ impl Selection {
 
     /// The token of a watch of these users only, from that of a watch of all.
     pub fn seal_watch(&self, token: &str) -> String {
-        seal(&self.watch_context(), token.as_bytes())
+        encode_token(&self.watch_context(), token.as_bytes())
     }
 
     /// What [`Selection::seal_watch`] sealed for the same selection.
     pub fn open_watch(&self, token: &str) -> Option<String> {
-        String::from_utf8(open(&self.watch_context(), token)?).ok()
+        String::from_utf8(decode_token(&self.watch_context(), token)?).ok()
     }
 
     /// Not that of page tokens.
@@ -136,7 +136,7 @@ impl Selection {
 impl Page {
     /// The token of the next page, when this one ends with the user at `last`.
     pub fn token_after(&self, last: &Position) -> String {
-        seal(&self.seal, &last.to_bytes())
+        encode_token(&self.seal, &last.to_bytes())
     }
 
     /// The next page, when this one ends with the user at `last`.
@@ -216,12 +216,12 @@ fn checksum(context: &[u8], payload: &[u8]) -> [u8; SEAL_OCTETS] {
 }
 
 /// A text that [`open`] can read, if it comes back whole and to the same place.
-pub fn seal(context: &[u8], payload: &[u8]) -> String {
+pub fn encode_token(context: &[u8], payload: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode([&checksum(context, payload), payload].concat())
 }
 
 /// What was sealed, if this is a seal of this context.
-pub fn open(context: &[u8], token: &str) -> Option<Vec<u8>> {
+pub fn decode_token(context: &[u8], token: &str) -> Option<Vec<u8>> {
     let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
     let (seal, payload) = bytes.split_first_chunk()?;
     (*seal == checksum(context, payload)).then(|| payload.to_vec())
@@ -262,7 +262,7 @@ mod tests {
             for order in [Order::CreateTimeDesc, Order::CreateTimeAsc, Order::UsernameAsc] {
                 let time = Key::Time(SystemTime::UNIX_EPOCH);
                 let all = selection(order, time.clone(), time);
-                let token = seal(&all.to_bytes(), &bytes);
+                let token = encode_token(&all.to_bytes(), &bytes);
                 let _ = all.page_after(&token, 1);
             }
         }

@@ -8,25 +8,25 @@
 use std::time::SystemTime;
 
 use crate::error::Error;
-use crate::model::page::{from_micros, open, seal, to_micros};
+use crate::model::page::{decode_token, encode_token, from_micros, to_micros};
 
 /// The changes that somebody has seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Point {
+pub struct LogPosition {
     /// Of which history: the cluster, the database in it, and the timeline, which
     /// becomes another one with each failover and restore.
     history: String,
     /// The newest change that was seen. Its transaction is known to be durable. That a
     /// snapshot saw later ones, without changes, is not kept: after a crash their
     /// numbers can be given out again.
-    last: Change,
+    last: TransactionStamp,
     /// Transactions before it whose changes were not seen, in ascending order.
     unseen: Vec<u64>,
 }
 
 /// A change, as far as points know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Change {
+pub struct TransactionStamp {
     /// The transaction.
     pub xid: u64,
     /// When it began, in microseconds. Had history gone another way, the transaction
@@ -42,22 +42,22 @@ pub struct Log {
     /// The transactions that are still under way, in ascending order.
     pub running: Vec<u64>,
     /// The newest change that was purged.
-    pub purged: Change,
+    pub purged: TransactionStamp,
     /// When the transaction began that is the last one of the point in question; `None`
     /// if it has no change in the log.
     pub last_time_us: Option<i64>,
 }
 
-impl Change {
+impl TransactionStamp {
     /// A change in the log.
     pub fn new(xid: u64, time: SystemTime) -> Self {
         Self { xid, time_us: to_micros(time) }
     }
 }
 
-impl Point {
+impl LogPosition {
     /// The point at which a statement saw this log, of which `last` is the newest change.
-    pub fn now(history: String, running: &[u64], last: Change) -> Self {
+    pub fn now(history: String, running: &[u64], last: TransactionStamp) -> Self {
         let unseen = running.iter().copied().filter(|xid| *xid < last.xid).collect();
         Self { history, last, unseen }
     }
@@ -88,7 +88,7 @@ impl Point {
 
     /// The point after the changes behind this one were read up to `last`, in the order
     /// of their transactions: all of them, or as many as a batch holds.
-    pub fn after(&self, log: &Log, last: Option<Change>, is_all: bool) -> Self {
+    pub fn after(&self, log: &Log, last: Option<TransactionStamp>, is_all: bool) -> Self {
         let read_to = last.filter(|_| !is_all).map_or(u64::MAX, |last| last.xid);
         let last = last.filter(|last| last.xid > self.last.xid).unwrap_or(self.last);
         let running = log.running.iter().filter(|xid| **xid <= read_to && **xid < last.xid);
@@ -106,12 +106,12 @@ impl Point {
 
     /// The token of the point, for whoever begins to watch, all users or some.
     pub fn to_token(&self) -> String {
-        seal(POINT_SEAL, self.to_text().as_bytes())
+        encode_token(POINT_SEAL, self.to_text().as_bytes())
     }
 
     /// Reads such a token; `None` if it was not made by us.
     pub fn from_token(token: &str) -> Option<Self> {
-        Self::from_text(&String::from_utf8(open(POINT_SEAL, token)?).ok()?)
+        Self::from_text(&String::from_utf8(decode_token(POINT_SEAL, token)?).ok()?)
     }
 
     fn to_text(&self) -> String {
@@ -124,7 +124,7 @@ impl Point {
         let mut parts = text.split('|');
         let (history, last, unseen) = (parts.next()?, parts.next()?, parts.next()?);
         let (xid, time_us) = last.split_once(' ')?;
-        let last = Change { xid: xid.parse().ok()?, time_us: time_us.parse().ok()? };
+        let last = TransactionStamp { xid: xid.parse().ok()?, time_us: time_us.parse().ok()? };
         from_micros(last.time_us)?;
         // Also when it is forged, it has to be a point.
         let unseen: Vec<u64> = numbers(unseen, ' ')?;
@@ -139,8 +139,8 @@ const POINT_SEAL: &[u8] = b"point";
 /// Where a watch goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
-    /// Behind which the changes are.
-    pub point: Point,
+    /// ChangesSince which the changes are.
+    pub point: LogPosition,
     /// Within an initial state, the token of its next page.
     pub page_token: Option<String>,
 }
@@ -151,15 +151,15 @@ impl Token {
     /// The token as callers get it, if they watch all users.
     pub fn to_text(&self) -> String {
         let page_token = self.page_token.as_deref().unwrap_or_default();
-        seal(SEAL, format!("{}|{page_token}", self.point.to_text()).as_bytes())
+        encode_token(SEAL, format!("{}|{page_token}", self.point.to_text()).as_bytes())
     }
 
     /// Reads a token; `None` if it was not made by us.
     pub fn parse(text: &str) -> Option<Self> {
-        let text = String::from_utf8(open(SEAL, text)?).ok()?;
+        let text = String::from_utf8(decode_token(SEAL, text)?).ok()?;
         let (point, page_token) = text.rsplit_once('|')?;
         let page_token = Some(page_token.to_owned()).filter(|token| !token.is_empty());
-        Some(Self { point: Point::from_text(point)?, page_token })
+        Some(Self { point: LogPosition::from_text(point)?, page_token })
     }
 }
 
@@ -184,10 +184,13 @@ mod tests {
     const LAST_XID: u64 = 40;
 
     /// A point, and the same as the plain set of what was seen.
-    fn point(last: u64, unseen: &BTreeSet<u64>) -> (Point, BTreeSet<u64>) {
+    fn point(last: u64, unseen: &BTreeSet<u64>) -> (LogPosition, BTreeSet<u64>) {
         let unseen: Vec<u64> = unseen.iter().copied().filter(|xid| *xid < last).collect();
         let seen = (1..=last).filter(|xid| !unseen.contains(xid)).collect();
-        (Point { history: "1 2 3".into(), last: Change { xid: last, time_us: 7 }, unseen }, seen)
+        (
+            LogPosition { history: "1 2 3".into(), last: TransactionStamp { xid: last, time_us: 7 }, unseen },
+            seen,
+        )
     }
 
     fn some_xids() -> impl Strategy<Value = BTreeSet<u64>> {
@@ -206,7 +209,7 @@ mod tests {
         /// Even with a good seal, which takes malice, a token is harmless.
         #[test]
         fn forged_text_is_a_token_or_nothing(text in "[0-9]{1,3} [0-9] [0-9]\\|[0-9]{1,22} -?[0-9]{1,22}\\|[0-9 ]{0,20}\\|[0-9a-f -]{0,80}") {
-            if let Some(token) = Token::parse(&seal(SEAL, text.as_bytes())) {
+            if let Some(token) = Token::parse(&encode_token(SEAL, text.as_bytes())) {
                 let _ = token.point.includes(&token.point);
                 let _ = token.to_text();
             }
@@ -226,13 +229,13 @@ mod tests {
             let log = Log {
                 history: from.history.clone(),
                 running: running.clone(),
-                purged: Change { xid: 0, time_us: 0 },
+                purged: TransactionStamp { xid: 0, time_us: 0 },
                 last_time_us: Some(7),
             };
             let behind: Vec<u64> =
                 (1..=LAST_XID).filter(|xid| !seen.contains(xid) && !running.contains(xid)).collect();
             let batch: Vec<u64> = behind.iter().copied().take(size).collect();
-            let last = batch.last().map(|xid| Change { xid: *xid, time_us: 7 });
+            let last = batch.last().map(|xid| TransactionStamp { xid: *xid, time_us: 7 });
             let after = from.after(&log, last, batch.len() == behind.len());
             let expected: BTreeSet<u64> = seen.iter().chain(&batch).copied().collect();
             let has = |xid: &u64| *xid <= after.last.xid && !after.unseen.contains(xid);
@@ -257,7 +260,7 @@ mod tests {
         let log = |history: &str, purged: u64, last_time_us| Log {
             history: history.into(),
             running: Vec::new(),
-            purged: Change { xid: purged, time_us: 7 },
+            purged: TransactionStamp { xid: purged, time_us: 7 },
             last_time_us,
         };
         assert_eq!(point.check(&log("1 2 3", 4, Some(7))), Ok(()));
@@ -267,7 +270,7 @@ mod tests {
         assert_eq!(point.check(&log("1 2 3", 4, Some(8))), Err(Error::ResumeTokenForeign));
         assert_eq!(point.check(&log("1 2 3", 4, None)), Err(Error::ResumeTokenForeign));
         // With all that was seen purged, and nothing else, it is still good.
-        let idle = Point { unseen: Vec::new(), ..point };
+        let idle = LogPosition { unseen: Vec::new(), ..point };
         assert_eq!(idle.check(&log("1 2 3", 10, None)), Ok(()));
     }
 }

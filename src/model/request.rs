@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::error::{Element, Error, Violation, reason};
 use crate::model::names::{self, Email, KeyRange, Username};
 use crate::model::page::{Key, Order, Page, Position, Selection};
-use crate::model::position::{Point, Token};
+use crate::model::position::{LogPosition, Token};
 use crate::pb;
 
 /// A user to create.
@@ -67,7 +67,7 @@ pub enum UserKey {
 #[derive(Debug)]
 pub struct Update {
     /// Of whom, and what.
-    pub change: Change,
+    pub change: UserPatch,
     /// With `allow_missing`: the user to create if there is none, or what is
     /// wrong with it.
     pub or_create: Option<Result<NewUser, Error>>,
@@ -79,7 +79,7 @@ pub struct Update {
 
 /// What an update changes. What is `None` stays as it is.
 #[derive(Debug)]
-pub struct Change {
+pub struct UserPatch {
     /// Whose.
     pub id: Uuid,
     /// 0 for any.
@@ -305,7 +305,7 @@ impl Batch<NewUser> {
     }
 }
 
-impl Batch<Change> {
+impl Batch<UserPatch> {
     /// Parses the request.
     pub fn parse(mut request: pb::BatchUpdateUsersRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
@@ -371,7 +371,7 @@ impl Page {
 impl Selection {
     /// Parses the filter of a stream, whose users come in the order in which an index
     /// serves it. New users do not make it longer.
-    fn parse(filter: pb::ListUsersFilter) -> Result<Self, Error> {
+    fn parse(filter: pb::UserFilter) -> Result<Self, Error> {
         let mut fields = Fields::default();
         let by_username = !filter.username_prefix.is_empty();
         let order = if by_username { Order::UsernameAsc } else { Order::CreateTimeDesc };
@@ -397,7 +397,7 @@ impl Export {
     pub fn parse(request: pb::ExportUsersRequest) -> Result<Self, Error> {
         let filter = request.filter.unwrap_or_default();
         let include_deleted = filter.include_deleted;
-        if filter == (pb::ListUsersFilter { include_deleted, ..Default::default() }) {
+        if filter == (pb::UserFilter { include_deleted, ..Default::default() }) {
             return Ok(Self::All { include_deleted });
         }
         Selection::parse(filter).map(Self::Filtered)
@@ -511,8 +511,8 @@ fn failure(position: i32, error: Error) -> pb::ImportFailure {
 pub struct Watch {
     /// Which users; `None`: all.
     pub filter: Option<Selection>,
-    /// Behind which point; `None`: now.
-    pub point: Option<Point>,
+    /// ChangesSince which point; `None`: now.
+    pub point: Option<LogPosition>,
     /// What comes first of an initial state.
     pub initial_state: Option<Page>,
 }
@@ -523,7 +523,7 @@ const INITIAL_STATE_PAGE_SIZE: usize = 500;
 impl Watch {
     /// Parses the request.
     pub fn parse(request: pb::WatchUsersRequest) -> Result<Self, Error> {
-        let all = pb::ListUsersFilter { include_deleted: true, ..Default::default() };
+        let all = pb::UserFilter { include_deleted: true, ..Default::default() };
         let filter = request.filter.filter(|filter| *filter != all).map(Selection::parse).transpose()?;
         let selection = filter.clone().map_or_else(|| Selection::parse(all), Ok)?;
         match (request.resume_token.as_str(), request.send_initial_state) {
@@ -545,7 +545,7 @@ impl Watch {
     }
 
     fn resume(token: &str, filter: Option<Selection>, selection: Selection) -> Option<Self> {
-        let token = match (Point::from_token(token), &filter) {
+        let token = match (LogPosition::from_token(token), &filter) {
             // Of another rpc: good for every filter.
             (Some(point), _) => Token { point, page_token: None },
             (None, Some(filter)) => Token::parse(&filter.open_watch(token)?)?,
@@ -689,11 +689,11 @@ impl Fields {
 
     /// What is refused has a value here all the same: it does not get past
     /// [`Fields::finish`].
-    fn change(&mut self, user: Option<pb::User>, mask: Option<FieldMask>) -> Change {
+    fn change(&mut self, user: Option<pb::User>, mask: Option<FieldMask>) -> UserPatch {
         let mask = self.update_mask(mask);
         let user = self.user(user).unwrap_or_default();
         let expected_revision = self.revision("user.revision", user.revision);
-        let mut change = Change {
+        let mut change = UserPatch {
             id: self.id("user.id", &user.id).unwrap_or_default(),
             expected_revision: expected_revision.unwrap_or_default(),
             username: None,
@@ -717,7 +717,7 @@ impl Fields {
         if !ids.insert(user.id) {
             self.refuse::<()>("user.id", reason::USER_ID_TAKEN, "another user of this chunk has this id");
         }
-        if !usernames.insert(user.username.key().to_owned()) {
+        if !usernames.insert(user.username.canonical().to_owned()) {
             let what = "another user of this chunk has this username";
             self.refuse::<()>("user.username", reason::USERNAME_TAKEN, what);
         }
@@ -787,7 +787,7 @@ impl Fields {
         }
     }
 
-    fn selection(&mut self, order: Order, filter: pb::ListUsersFilter) -> Option<Selection> {
+    fn selection(&mut self, order: Order, filter: pb::UserFilter) -> Option<Selection> {
         let after = filter.create_time_after.map(|t| self.time("filter.create_time_after", t));
         let before = filter.create_time_before.map(|t| self.time("filter.create_time_before", t));
         let email = Some(filter.email.as_str()).filter(|email| !email.is_empty());
@@ -807,7 +807,7 @@ impl Fields {
             return self.refuse("filter.username_prefix", reason::FILTER_UNSUPPORTED, what);
         }
         let email_key = match email {
-            Some(email) => Some(email?.key().to_owned()),
+            Some(email) => Some(email?.canonical().to_owned()),
             None => None,
         };
         let (from, to) = if by_username {

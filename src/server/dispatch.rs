@@ -90,7 +90,7 @@ pub struct NamedService {
 struct Shared {
     /// The first one also answers what no service has.
     services: Vec<NamedService>,
-    call_timeout: Duration,
+    request_timeout: Duration,
     max_streams: Option<u32>,
     stop: CancellationToken,
 }
@@ -103,9 +103,9 @@ pub async fn serve(
     config: &Config,
     stop: CancellationToken,
 ) {
-    let call_timeout = Duration::from_millis(config.call_timeout_ms);
+    let request_timeout = Duration::from_millis(config.request_timeout_ms);
     let max_streams = u32::try_from(config.max_streams_per_connection).ok();
-    let shared = Arc::new(Shared { services, call_timeout, max_streams, stop });
+    let shared = Arc::new(Shared { services, request_timeout, max_streams, stop });
     let places = Arc::new(Semaphore::new(config.max_connections));
     let max_age = Duration::from_millis(config.max_connection_age_ms);
     let mut connections = JoinSet::new();
@@ -223,7 +223,7 @@ struct Begun {
 
 /// Hands a call to its service, or refuses it.
 fn begin(shared: &Shared, request: Request<Body>) -> Begun {
-    let timeout = shared.call_timeout;
+    let timeout = shared.request_timeout;
     let refuse = |response| Begun { answering: ready(Ok(response)).boxed(), timeout, is_stream: false };
     if !is_grpc(request.headers()) {
         return refuse(unsupported_media_type());
@@ -436,7 +436,7 @@ mod tests {
         let named = NamedService { name: "test", service: Box::new(Panics), streams: &[] };
         let shared = Shared {
             services: vec![named],
-            call_timeout: Duration::from_secs(1),
+            request_timeout: Duration::from_secs(1),
             max_streams: None,
             stop: CancellationToken::new(),
         };

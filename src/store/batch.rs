@@ -15,11 +15,11 @@ use tokio_postgres::Row;
 use uuid::Uuid;
 
 use crate::error::{Access, Element, Error, Violation, reason};
-use crate::model::request::{Batch, Change, NewUser, Removal, RequestId};
+use crate::model::request::{Batch, NewUser, Removal, RequestId, UserPatch};
 use crate::pb;
 use crate::store::pool::{Db, Params};
 use crate::store::user_row::{Changes, NewUsers};
-use crate::store::users::{EXTRA, ID, column, record_request, user_columns, user_from_row};
+use crate::store::users::{ID, USER_COLUMN_COUNT, column, record_request, user_columns, user_from_row};
 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[CREATE, UPDATE, DELETE, REPLAY];
@@ -28,9 +28,9 @@ pub const STATEMENTS: &[&str] = &[CREATE, UPDATE, DELETE, REPLAY];
 const ATTEMPTS: usize = 5;
 
 /// The columns behind a user's.
-const IS_LET_THROUGH: usize = EXTRA;
-const USERNAME_IS_TAKEN: usize = EXTRA + 1;
-const ID_IS_TAKEN: usize = EXTRA + 2;
+const IS_LET_THROUGH: usize = USER_COLUMN_COUNT;
+const USERNAME_IS_TAKEN: usize = USER_COLUMN_COUNT + 1;
+const ID_IS_TAKEN: usize = USER_COLUMN_COUNT + 2;
 
 /// Whether the batch is written: nothing stands in its way, and it is no retry.
 macro_rules! is_let_through {
@@ -190,7 +190,7 @@ from input left join shown on id = user_id order by n"
 );
 
 /// Changes users, all or none.
-pub async fn update(db: &Db, batch: &Batch<Change>) -> Result<Vec<pb::User>, Error> {
+pub async fn update(db: &Db, batch: &Batch<UserPatch>) -> Result<Vec<pb::User>, Error> {
     let changes: Changes<'_> = batch.items.iter().collect();
     let params: Params<'_> = &[
         &batch.request_id.id,
@@ -347,8 +347,8 @@ async fn replay(
     len: usize,
     id_field: &'static str,
 ) -> Result<Option<Vec<pb::User>>, Error> {
-    const IS_BATCH: usize = EXTRA;
-    const IS_SAME: usize = EXTRA + 1;
+    const IS_BATCH: usize = USER_COLUMN_COUNT;
+    const IS_SAME: usize = USER_COLUMN_COUNT + 1;
     if request_id.id.is_none() {
         return Ok(None);
     }

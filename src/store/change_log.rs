@@ -21,7 +21,7 @@ use tokio_postgres::{
 use uuid::Uuid;
 
 use crate::error::{Access, Error};
-use crate::model::position::{self, Change, Log, Point, Token};
+use crate::model::position::{self, Log, LogPosition, Token, TransactionStamp};
 use crate::pb;
 use crate::pb::codec::Encoded;
 use crate::store::pool::{self, Db, Params};
@@ -42,7 +42,7 @@ const ADOPTION_INTERVAL: Duration = Duration::from_secs(5);
 /// Where a statement is in history: nothing on a standby, whose snapshots do not know of
 /// all running transactions, and no row at all if the log is of another database. Its
 /// origin has a third word if it was adopted.
-macro_rules! here {
+macro_rules! current_position {
     ($more:literal) => {
         concat!(
             "(
@@ -64,7 +64,7 @@ macro_rules! here {
         concat!(
             "(
     select history, snapshot, newest.xid, newest.time from ",
-            here!("feed.purged_xid, feed.purged_time"),
+            current_position!("feed.purged_xid, feed.purged_time"),
             " as feed, lateral (
         select xid, time from (
             (select xid, time from user_changes order by xid desc, seq desc limit 1)
@@ -75,17 +75,17 @@ macro_rules! here {
         )
     };
 }
-pub(crate) use here;
+pub(crate) use current_position;
 
-/// Reads the point from the first columns of a row, which are those of `here!()`.
-pub(crate) fn point_from_row(row: &Row) -> Result<Option<Point>, Error> {
+/// Reads the point from the first columns of a row, which are those of `current_position!()`.
+pub(crate) fn position_from_row(row: &Row) -> Result<Option<LogPosition>, Error> {
     let (Some(history), Some(snapshot)) = (column(row, 0)?, column(row, 1)?) else { return Ok(None) };
-    let last = Change::new(xid(row, 2)?, column(row, 3)?);
-    Ok(Some(Point::now(history, &running(snapshot)?, last)))
+    let last = TransactionStamp::new(xid(row, 2)?, column(row, 3)?);
+    Ok(Some(LogPosition::now(history, &running(snapshot)?, last)))
 }
 
 /// The first column behind them.
-pub(crate) const BEHIND_POINT: usize = 4;
+pub(crate) const POSITION_COLUMN_COUNT: usize = 4;
 
 /// The log of a dump that was restored here has another database's transaction ids:
 /// they would hide what is written from now on. From now on it is another history. While
@@ -132,17 +132,17 @@ pub async fn keep_adopted(db: &Db, postgres: &tokio_postgres::Config) {
 }
 
 /// The point that has all that is committed.
-pub(crate) const NOW: &str = concat!("select * from ", here!());
+pub(crate) const NOW: &str = concat!("select * from ", current_position!());
 
 /// Reads it from the rows of [`NOW`].
-pub(crate) fn point_from_rows(rows: &[Row]) -> Result<Point, Error> {
-    rows.first().map(point_from_row).transpose()?.flatten().ok_or(Error::DatabaseUnavailable)
+pub(crate) fn position_from_rows(rows: &[Row]) -> Result<LogPosition, Error> {
+    rows.first().map(position_from_row).transpose()?.flatten().ok_or(Error::DatabaseUnavailable)
 }
 
 /// The log, for whoever comes from a point of which `$1` is the last transaction.
 const LOG: &str = concat!(
     "select * from ",
-    here!(
+    current_position!(
         "feed.purged_xid, feed.purged_time,
         (select time from user_changes where xid = $1 order by seq limit 1)"
     ),
@@ -150,7 +150,7 @@ const LOG: &str = concat!(
 );
 
 /// Refuses a point from which the log does not lead on.
-pub async fn check(db: &Db, point: &Point) -> Result<(), Error> {
+pub async fn check(db: &Db, point: &LogPosition) -> Result<(), Error> {
     point.check(&log_from_rows(&db.run(Access::Read, LOG, &[&Xid(point.last_xid())]).await?)?)
 }
 
@@ -160,8 +160,9 @@ fn log_from_rows(rows: &[Row]) -> Result<Log, Error> {
     Ok(Log {
         history: column::<Option<String>>(row, 0)?.ok_or(Error::DatabaseUnavailable)?,
         running: running(column(row, 1)?)?,
-        purged: Change::new(xid(row, 2)?, column(row, 3)?),
-        last_time_us: column::<Option<SystemTime>>(row, 4)?.map(|time| Change::new(0, time).time_us),
+        purged: TransactionStamp::new(xid(row, 2)?, column(row, 3)?),
+        last_time_us: column::<Option<SystemTime>>(row, 4)?
+            .map(|time| TransactionStamp::new(0, time).time_us),
     })
 }
 
@@ -187,7 +188,7 @@ struct Entry {
     user_id: Uuid,
     revision: i64,
     kind: i16,
-    change: Change,
+    change: TransactionStamp,
     /// The order within the transaction.
     seq: i64,
     /// Whether no other change of the transaction comes behind it.
@@ -217,7 +218,7 @@ impl Entry {
             user_id: row.try_get(0)?,
             revision: row.try_get(1)?,
             kind: row.try_get(2)?,
-            change: Change::new(xid, row.try_get(5)?),
+            change: TransactionStamp::new(xid, row.try_get(5)?),
             seq: row.try_get(4)?,
             completes: false,
             is_last: false,
@@ -238,10 +239,10 @@ impl Entry {
 }
 
 /// What is behind a point, as it was read.
-pub struct Behind {
-    from: Point,
+pub struct ChangesSince {
+    from: LogPosition,
     /// The point that has it as well.
-    pub upto: Point,
+    pub end: LogPosition,
     /// Whether this is all that there is by now.
     pub is_all: bool,
     log: Log,
@@ -254,9 +255,9 @@ pub struct Behind {
 /// transaction. The inner error is one of the point.
 pub(crate) async fn read(
     client: &mut ClientWrapper,
-    from: Point,
+    from: LogPosition,
     size: usize,
-) -> Result<Result<Behind, Error>, tokio_postgres::Error> {
+) -> Result<Result<ChangesSince, Error>, tokio_postgres::Error> {
     let snapshot = client.build_transaction().isolation_level(IsolationLevel::RepeatableRead);
     // When it is dropped, it is rolled back, and nobody waits for that.
     let snapshot = snapshot.read_only(true).start().await?;
@@ -274,8 +275,8 @@ pub(crate) async fn read(
     let entries = Entry::from_rows(&changes)?;
     let users = read_users(&snapshot, &entries).await?;
     let is_all = entries.len() < size;
-    let upto = from.after(&log, entries.last().map(|last| last.change), is_all);
-    Ok(Ok(Behind { from, upto, is_all, log, entries, users }))
+    let end = from.after(&log, entries.last().map(|last| last.change), is_all);
+    Ok(Ok(ChangesSince { from, end, is_all, log, entries, users }))
 }
 
 /// As the log has it.
@@ -326,19 +327,19 @@ async fn query(
 
 /// What follows a point, as messages.
 #[derive(Debug)]
-pub struct Batch {
+pub struct ChangeBatch {
     /// The point before it.
-    pub from: Point,
+    pub from: LogPosition,
     /// The point behind it.
-    pub upto: Point,
+    pub end: LogPosition,
     /// None if nothing has changed.
     pub messages: Vec<Encoded>,
 }
 
-impl Behind {
+impl ChangesSince {
     /// Makes messages of it, with pauses: there can be many, and others wait.
-    pub async fn into_batch(self) -> Result<Batch, Error> {
-        let Self { from, upto, is_all, log, entries, users } = self;
+    pub async fn into_batch(self) -> Result<ChangeBatch, Error> {
+        let Self { from, end, is_all, log, entries, users } = self;
         let by_id = |user| Ok((column(&user, ID)?, user));
         let users = users.into_iter().map(by_id).collect::<Result<HashMap<Uuid, Row>, Error>>()?;
         let mut messages = Vec::with_capacity(entries.len().div_ceil(MESSAGE_SIZE));
@@ -349,17 +350,17 @@ impl Behind {
                 reached = from.after(&log, Some(last.change), is_all && left == 0);
             }
             let changes = part.iter().map(|entry| entry.told(&users)).collect::<Result<_, _>>()?;
-            messages.push(Encoded::new(&pb::WatchUsersResponse { changes, ..leading_to(&reached) }));
+            messages.push(Encoded::new(&pb::WatchUsersResponse { changes, ..position_message(&reached) }));
             if messages.len() % MESSAGES_AT_ONCE == 0 {
                 task::yield_now().await;
             }
         }
-        Ok(Batch { from, upto, messages })
+        Ok(ChangeBatch { from, end, messages })
     }
 }
 
 /// A message that leads to a point, and says no more: a sign of life.
-pub fn leading_to(point: &Point) -> pb::WatchUsersResponse {
+pub fn position_message(point: &LogPosition) -> pb::WatchUsersResponse {
     let resume_token = Token { point: point.clone(), page_token: None }.to_text();
     pb::WatchUsersResponse { resume_token, ..Default::default() }
 }

@@ -21,10 +21,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::config::Config;
 use crate::error::{Access, Error};
-use crate::limits::Places;
+use crate::limits::StreamLimiter;
 use crate::model::request::Export;
 use crate::pb;
-use crate::store::change_log::{NOW, point_from_rows};
+use crate::store::change_log::{NOW, position_from_rows};
 use crate::store::list;
 use crate::store::pool::{self, Db};
 use crate::store::users::{user_columns, user_from_row};
@@ -38,7 +38,7 @@ const PART_SIZE: usize = 500;
 pub struct Exports {
     db: Arc<Db>,
     postgres: tokio_postgres::Config,
-    places: Places,
+    limiter: StreamLimiter,
     timeout: Duration,
     connections: mpsc::UnboundedSender<BoxFuture<'static, ()>>,
 }
@@ -50,9 +50,9 @@ impl Exports {
     /// None yet.
     pub fn new(db: Arc<Db>, postgres: tokio_postgres::Config, config: &Config) -> (Self, Connections) {
         let (connections, receiver) = mpsc::unbounded_channel();
-        let places = Places::new("exports", config.max_exports);
+        let limiter = StreamLimiter::new("exports", config.max_exports);
         let timeout = Duration::from_millis(config.export_timeout_ms);
-        (Self { db, postgres, places, timeout, connections }, receiver)
+        (Self { db, postgres, limiter, timeout, connections }, receiver)
     }
 
     /// Exports users: the watch token first, then the users.
@@ -73,7 +73,7 @@ impl Exports {
 
     async fn open(&self) -> Result<Session, Error> {
         self.db.ensure_migrated()?;
-        let place = self.places.take()?;
+        let permit = self.limiter.acquire()?;
         let started = Instant::now();
         let (client, connection) = pool::connect(&self.postgres).await.map_err(|error| {
             tracing::debug!(error = describe(error.as_ref()), "no connection");
@@ -83,7 +83,7 @@ impl Exports {
         let close = is_over.clone().drop_guard();
         let driven = async move {
             let _ = time::timeout(timeout, is_over.run_until_cancelled(connection)).await;
-            drop(place);
+            drop(permit);
         };
         // Without its driver, the service is at its end.
         self.connections.send(driven.boxed()).map_err(|_| Error::Stopping)?;
@@ -128,7 +128,7 @@ impl Session {
         self.client.batch_execute(&begin).await.map_err(refused)?;
         let now = self.client.query(NOW, &[]).await.map_err(refused)?;
         // A standby has no point; without one, whoever watches on would miss something.
-        let point = point_from_rows(&now)?;
+        let point = position_from_rows(&now)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;

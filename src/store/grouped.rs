@@ -20,7 +20,7 @@ use crate::model::request::{Create, Delete, RequestId, Update, UserKey};
 use crate::pb;
 use crate::store::pool::{Db, Params};
 use crate::store::user_row::{Changes, NewUsers};
-use crate::store::users::{self, EXTRA, ID, column, user_columns, user_from_row};
+use crate::store::users::{self, ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[GET, CREATE, UPDATE, DELETE];
@@ -94,7 +94,7 @@ impl Work for Gets {
         for key in keys {
             match key {
                 UserKey::Id(id) => ids.push(id),
-                UserKey::Username(username) => names.push(username.key()),
+                UserKey::Username(username) => names.push(username.canonical()),
             }
         }
         // PostgreSQL sorts them anyway, but not as fast.
@@ -103,7 +103,7 @@ impl Work for Gets {
         let (mut by_id, mut by_name) =
             (HashMap::with_capacity(ids.len()), HashMap::with_capacity(names.len()));
         for row in &rows {
-            match column::<Option<&str>>(row, EXTRA)? {
+            match column::<Option<&str>>(row, USER_COLUMN_COUNT)? {
                 None => by_id.insert(column::<Uuid>(row, ID)?, row),
                 Some(name) => by_name.insert(name, row),
             };
@@ -111,7 +111,7 @@ impl Work for Gets {
         let find = |key: &UserKey| {
             let row = match key {
                 UserKey::Id(id) => by_id.get(id),
-                UserKey::Username(username) => by_name.get(username.key()),
+                UserKey::Username(username) => by_name.get(username.canonical()),
             };
             row.map_or_else(|| Err(users::key_not_found(key)), |row| user_from_row(row))
         };
@@ -159,7 +159,8 @@ impl Work for Creates {
 
     fn sharing(create: &Create) -> Sharing {
         // Only one of those who ask for the same username can have it.
-        let username = BuildHasherDefault::<DefaultHasher>::default().hash_one(create.user.username.key());
+        let username =
+            BuildHasherDefault::<DefaultHasher>::default().hash_one(create.user.username.canonical());
         if create.validate_only { Sharing::Nobody } else { Sharing::Others(username.into()) }
     }
 

@@ -18,7 +18,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::config::Config;
 use crate::error::{Access, Error, reason};
-use crate::limits::Places;
+use crate::limits::StreamLimiter;
 use crate::model::request::Chunk;
 use crate::pb::{self, ImportMode};
 use crate::store::pool::{Db, Params};
@@ -40,7 +40,7 @@ const IN_FLIGHT: usize = 2;
 /// The imports into a database, a limited number at a time.
 pub struct Imports {
     db: Arc<Db>,
-    places: Places,
+    limiter: StreamLimiter,
     /// All imports together write with no more than half of the pool.
     turns: Arc<Semaphore>,
     idle_timeout: Duration,
@@ -50,10 +50,10 @@ pub struct Imports {
 impl Imports {
     /// None yet. Their tasks end with the chunk that they write.
     pub fn new(db: Arc<Db>, config: &Config, tasks: TaskTracker) -> Self {
-        let places = Places::new("imports", config.max_imports);
+        let limiter = StreamLimiter::new("imports", config.max_imports);
         let turns = Arc::new(Semaphore::new(config.pool_size.div_ceil(2)));
         let idle_timeout = Duration::from_millis(config.import_idle_timeout_ms);
-        Self { db, places, turns, idle_timeout, tasks }
+        Self { db, limiter, turns, idle_timeout, tasks }
     }
 
     /// Writes chunks and acknowledges each, in their order; the first error is the
@@ -71,7 +71,7 @@ impl Imports {
             next: None,
             writing: FuturesOrdered::new(),
             written: VecDeque::new(),
-            _place: self.places.take()?,
+            _permit: self.limiter.acquire()?,
         };
         let acks = stream::try_unfold(import, async |mut import| {
             Ok(import.next_ack().await?.map(|ack| (ack, import)))
@@ -84,7 +84,7 @@ impl Imports {
 struct Import {
     db: Arc<Db>,
     turns: Arc<Semaphore>,
-    /// How long the client may say nothing: its place is one of few.
+    /// How long the client may say nothing: its permit is one of few.
     idle_timeout: Duration,
     tasks: TaskTracker,
     chunks: Fuse<BoxStream<'static, Result<Chunk, Error>>>,
@@ -95,7 +95,7 @@ struct Import {
     writing: FuturesOrdered<AbortOnDropHandle<Result<pb::ImportUsersResponse, Error>>>,
     /// The chunks that `writing` writes.
     written: VecDeque<Arc<Chunk>>,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Import {

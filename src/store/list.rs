@@ -5,9 +5,9 @@ use tokio_postgres::{Row, types::ToSql};
 use crate::error::{Access, Error};
 use crate::model::page::{Key, Order, Page, Position, Selection};
 use crate::pb;
-use crate::store::change_log::{BEHIND_POINT, here, point_from_row};
+use crate::store::change_log::{POSITION_COLUMN_COUNT, current_position, position_from_row};
 use crate::store::pool::Db;
-use crate::store::users::{CREATE_TIME, EXTRA, ID, column, user_columns, user_from_row};
+use crate::store::users::{CREATE_TIME, ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[
@@ -75,7 +75,7 @@ const USERNAME_ASC: Statements =
 /// The point in history that a watch goes on from, and statistics.
 const BEGINNING: &str = concat!(
     "select here.*, greatest(reltuples, 0)::bigint from pg_class left join ",
-    here!(),
+    current_position!(),
     " on true where pg_class.oid = 'users'::regclass"
 );
 
@@ -87,8 +87,8 @@ pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> 
     if page.is_first
         && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
     {
-        response.watch_token = point_from_row(row)?.map(|point| point.to_token()).unwrap_or_default();
-        response.total_size_estimate = column(row, BEHIND_POINT)?;
+        response.watch_token = position_from_row(row)?.map(|point| point.to_token()).unwrap_or_default();
+        response.total_size_estimate = column(row, POSITION_COLUMN_COUNT)?;
     }
     let (rows, is_last) = walk(db, page).await?;
     if let Some(last) = rows.last().filter(|_| !is_last) {
@@ -134,7 +134,7 @@ pub(crate) fn params<'a>(list: &'a Selection, limit: &'a Option<i64>) -> Vec<&'a
 pub(crate) fn position(row: &Row, order: Order) -> Result<Position, Error> {
     let key = match order {
         Order::CreateTimeDesc | Order::CreateTimeAsc => Key::Time(column(row, CREATE_TIME)?),
-        Order::UsernameAsc => Key::Username(column(row, EXTRA)?),
+        Order::UsernameAsc => Key::Username(column(row, USER_COLUMN_COUNT)?),
     };
     Ok(Position { key, id: column(row, ID)? })
 }

@@ -8,7 +8,7 @@ use crate::error::{Access, Error};
 use crate::model::request::{Lookup, LookupKey};
 use crate::pb;
 use crate::store::pool::Db;
-use crate::store::users::{EXTRA, ID, column, user_columns, user_from_row};
+use crate::store::users::{ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[LOOKUP];
@@ -57,8 +57,8 @@ impl<'a> From<&'a LookupKey> for Found<'a> {
     fn from(key: &'a LookupKey) -> Self {
         match key {
             LookupKey::Id(id) => Self::Id(*id),
-            LookupKey::Username(username) => Self::Username(username.key()),
-            LookupKey::Email(email) => Self::Email(email.key()),
+            LookupKey::Username(username) => Self::Username(username.canonical()),
+            LookupKey::Email(email) => Self::Email(email.canonical()),
         }
     }
 }
@@ -88,7 +88,7 @@ pub async fn lookup(db: &Db, lookup: &Lookup) -> Result<Vec<pb::LookupUsersResul
         db.run(Access::Read, LOOKUP, &[&ids, &usernames, &emails, &lookup.include_deleted, &limit]).await?;
     let mut results = vec![pb::LookupUsersResult::default(); lookup.keys.len()];
     for row in &rows {
-        let found = match (column(row, EXTRA)?, column(row, EXTRA + 1)?) {
+        let found = match (column(row, USER_COLUMN_COUNT)?, column(row, USER_COLUMN_COUNT + 1)?) {
             (Some(username), _) => Found::Username(username),
             (None, Some(email)) => Found::Email(email),
             (None, None) => Found::Id(column(row, ID)?),

@@ -87,14 +87,14 @@ impl Db {
         // Fast: a connection that broke is known to be closed without asking.
         let recycling_method = RecyclingMethod::Fast;
         let manager = Manager::from_config(postgres, NoTls, ManagerConfig { recycling_method });
-        let session: Arc<str> = session_settings(config.call_timeout_ms, config.lock_timeout_ms).into();
+        let session: Arc<str> = session_settings(config.request_timeout_ms, config.lock_timeout_ms).into();
         let statements: Arc<[&str]> = statements.into();
         let pool = Pool::builder(manager)
             .max_size(config.pool_size)
             // The one that came back last: what it needs is still in its caches.
             .queue_mode(QueueMode::Lifo)
             .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(Duration::from_millis(config.pool_wait_timeout_ms)))
+            .wait_timeout(Some(Duration::from_millis(config.pool_acquire_timeout_ms)))
             .create_timeout(Some(CONNECT_TIMEOUT))
             .recycle_timeout(Some(CONNECT_TIMEOUT))
             .post_create(Hook::async_fn(move |client: &mut ClientWrapper, _| {
@@ -115,7 +115,7 @@ impl Db {
         let (abandoned, receiver) = mpsc::unbounded_channel();
         let db = Self {
             pool,
-            max_waiting: config.max_waiting_calls,
+            max_waiting: config.max_queued_requests,
             openers: Arc::new(Semaphore::new(config.pool_size)),
             abandoned,
             is_migrated: AtomicBool::new(false),
@@ -137,7 +137,7 @@ impl Db {
         let mut result = connection.query(access, sql, params).await;
         if result.as_ref().is_err_and(is_stale_statement) {
             // The schema changed under the prepared statement, which did nothing.
-            let _ = connection.finish(access, result);
+            let _ = connection.release(access, result);
             connection = self.connection().await?;
             result = connection.query(access, sql, params).await;
         }
@@ -148,7 +148,7 @@ impl Db {
             statement_us = micros(started.elapsed() - wait),
             "statement"
         );
-        let rows = connection.finish(access, result)?;
+        let rows = connection.release(access, result)?;
         if access == Access::Write {
             self.committed.notify_one();
         }
@@ -194,7 +194,7 @@ impl Db {
 
     /// Closes the idle connections if statements are stale: all others are as old, and the
     /// next one is not.
-    pub(crate) fn renew_if_stale(&self, error: &tokio_postgres::Error) -> bool {
+    pub(crate) fn invalidate_statements(&self, error: &tokio_postgres::Error) -> bool {
         let is_stale = is_stale_statement(error);
         if is_stale {
             tracing::warn!(error = describe(error), "statements are stale");
@@ -210,14 +210,14 @@ impl Db {
 
     /// Opens a connection, which finds out whether the statements fit the schema;
     /// from then on, calls are let through.
-    pub async fn open(&self) -> anyhow::Result<()> {
+    pub async fn verify_schema(&self) -> anyhow::Result<()> {
         drop(self.pool.get().await?);
         self.is_migrated.store(true, Ordering::Release);
         Ok(())
     }
 
     /// Opens the other connections, so that no call has to.
-    pub async fn warm(&self) {
+    pub async fn prewarm(&self) {
         let opened = future::join_all((0..self.pool.status().max_size).map(|_| self.pool.get())).await;
         tracing::debug!(connections = opened.iter().flatten().count(), "warm");
     }
@@ -251,15 +251,15 @@ pub(crate) struct Connection<'a> {
 }
 
 impl Connection<'_> {
-    /// Runs a statement; the connection is busy until [`Connection::finish`].
+    /// Runs a statement; the connection is busy until [`Connection::release`].
     async fn query(
         &mut self,
         access: Access,
         sql: &str,
         params: Params<'_>,
     ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        let Some(client) = self.busy() else { return Ok(Vec::new()) };
-        if access == Access::Rehearse {
+        let Some(client) = self.client_mut() else { return Ok(Vec::new()) };
+        if access == Access::DryRun {
             let transaction = client.transaction().await?;
             let statement = transaction.prepare_cached(sql).await?;
             let result = transaction.query(&statement, params).await;
@@ -270,14 +270,14 @@ impl Connection<'_> {
         client.query(&statement, params).await
     }
 
-    /// The connection, which is busy until [`Connection::finish`].
-    pub(crate) fn busy(&mut self) -> Option<&mut ClientWrapper> {
+    /// The connection, which is busy until [`Connection::release`].
+    pub(crate) fn client_mut(&mut self) -> Option<&mut ClientWrapper> {
         self.is_idle = false;
         self.object.as_deref_mut()
     }
 
     /// Gives the connection back, or closes it if it is of no more use.
-    pub(crate) fn finish<T>(
+    pub(crate) fn release<T>(
         mut self,
         access: Access,
         result: Result<T, tokio_postgres::Error>,
@@ -290,7 +290,7 @@ impl Connection<'_> {
         if !is_reusable(&error) {
             self.discard();
         }
-        if self.db.renew_if_stale(&error) {
+        if self.db.invalidate_statements(&error) {
             return Err(Error::DatabaseUnavailable);
         }
         let meaning = Error::from_postgres(&error, access);

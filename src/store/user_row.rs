@@ -4,7 +4,7 @@
 use uuid::Uuid;
 
 use crate::model::names::{Email, Username};
-use crate::model::request::{Change, NewUser};
+use crate::model::request::{NewUser, UserPatch};
 
 /// Users to create.
 #[derive(Default)]
@@ -23,10 +23,10 @@ impl<'a> FromIterator<&'a NewUser> for NewUsers<'a> {
         let mut arrays = Self::default();
         for NewUser { id, username, email, display_name, salt } in users {
             arrays.ids.push(*id);
-            arrays.usernames.push(username.typed());
-            arrays.username_keys.push(username.key());
-            arrays.emails.push(email.typed());
-            arrays.email_keys.push(email.key());
+            arrays.usernames.push(username.as_entered());
+            arrays.username_keys.push(username.canonical());
+            arrays.emails.push(email.as_entered());
+            arrays.email_keys.push(email.canonical());
             arrays.display_names.push(display_name);
             arrays.salts.push(salt);
         }
@@ -46,16 +46,16 @@ pub(crate) struct Changes<'a> {
     pub(crate) display_names: Vec<Option<&'a str>>,
 }
 
-impl<'a> FromIterator<&'a Change> for Changes<'a> {
-    fn from_iter<I: IntoIterator<Item = &'a Change>>(changes: I) -> Self {
+impl<'a> FromIterator<&'a UserPatch> for Changes<'a> {
+    fn from_iter<I: IntoIterator<Item = &'a UserPatch>>(changes: I) -> Self {
         let mut arrays = Self::default();
-        for Change { id, expected_revision, username, email, display_name } in changes {
+        for UserPatch { id, expected_revision, username, email, display_name } in changes {
             arrays.ids.push(*id);
             arrays.expected_revisions.push(*expected_revision);
-            arrays.usernames.push(username.as_ref().map(Username::typed));
-            arrays.username_keys.push(username.as_ref().map(Username::key));
-            arrays.emails.push(email.as_ref().map(Email::typed));
-            arrays.email_keys.push(email.as_ref().map(Email::key));
+            arrays.usernames.push(username.as_ref().map(Username::as_entered));
+            arrays.username_keys.push(username.as_ref().map(Username::canonical));
+            arrays.emails.push(email.as_ref().map(Email::as_entered));
+            arrays.email_keys.push(email.as_ref().map(Email::canonical));
             arrays.display_names.push(display_name.as_deref());
         }
         arrays

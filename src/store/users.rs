@@ -8,7 +8,9 @@ use uuid::Uuid;
 
 use crate::error::{Access, Error, reason};
 use crate::model::names::Username;
-use crate::model::request::{Change, Create, Delete, Expunge, NewUser, RequestId, Undelete, Update, UserKey};
+use crate::model::request::{
+    Create, Delete, Expunge, NewUser, RequestId, Undelete, Update, UserKey, UserPatch,
+};
 use crate::pb;
 use crate::store::pool::Db;
 use crate::telemetry::describe;
@@ -29,7 +31,7 @@ pub(crate) use user_columns;
 pub(crate) const ID: usize = 0;
 pub(crate) const CREATE_TIME: usize = 4;
 /// The first column behind them: what a statement says about the user.
-pub(crate) const EXTRA: usize = 9;
+pub(crate) const USER_COLUMN_COUNT: usize = 9;
 
 /// The one way from a row to a user.
 pub(crate) fn user_from_row(row: &Row) -> Result<pb::User, Error> {
@@ -140,10 +142,10 @@ async fn create_user(
                 &request_id.id,
                 &request_id.fingerprint,
                 id,
-                &username.typed(),
-                &username.key(),
-                &email.typed(),
-                &email.key(),
+                &username.as_entered(),
+                &username.canonical(),
+                &email.as_entered(),
+                &email.canonical(),
                 display_name,
                 &salt.as_slice(),
             ],
@@ -164,7 +166,9 @@ const GET_BY_USERNAME: &str =
 pub async fn get(db: &Db, key: &UserKey) -> Result<pb::User, Error> {
     let rows = match key {
         UserKey::Id(id) => db.run(Access::Read, GET_BY_ID, &[id]).await?,
-        UserKey::Username(username) => db.run(Access::Read, GET_BY_USERNAME, &[&username.key()]).await?,
+        UserKey::Username(username) => {
+            db.run(Access::Read, GET_BY_USERNAME, &[&username.canonical()]).await?
+        }
     };
     match rows.first() {
         Some(row) => user_from_row(row),
@@ -176,7 +180,7 @@ pub async fn get(db: &Db, key: &UserKey) -> Result<pb::User, Error> {
 pub(crate) fn key_not_found(key: &UserKey) -> Error {
     match key {
         UserKey::Id(id) => not_found(*id),
-        UserKey::Username(username) => Error::UserNotFound { name: username.typed().to_owned() },
+        UserKey::Username(username) => Error::UserNotFound { name: username.as_entered().to_owned() },
     }
 }
 
@@ -185,7 +189,7 @@ const USERNAME_HOLDER: &str = "select purge_time from users where username_key =
 /// Who has a username: nobody (`None`), or somebody, who may have to let go of it
 /// at a time that is known.
 pub async fn username_holder(db: &Db, username: &Username) -> Result<Option<Option<SystemTime>>, Error> {
-    let rows = db.run(Access::Read, USERNAME_HOLDER, &[&username.key()]).await?;
+    let rows = db.run(Access::Read, USERNAME_HOLDER, &[&username.canonical()]).await?;
     rows.first().map(|row| column(row, 0)).transpose()
 }
 
@@ -255,7 +259,7 @@ pub async fn update(db: &Db, update: &Update) -> Result<pb::User, Error> {
 
 async fn update_user(db: &Db, update: &Update) -> Result<pb::User, Error> {
     let Update { change, request_id, .. } = update;
-    let Change { id, expected_revision, username, email, display_name } = change;
+    let UserPatch { id, expected_revision, username, email, display_name } = change;
     let rows = db
         .run(
             Access::write(update.validate_only),
@@ -265,10 +269,10 @@ async fn update_user(db: &Db, update: &Update) -> Result<pb::User, Error> {
                 &request_id.fingerprint,
                 id,
                 expected_revision,
-                &username.as_ref().map(Username::typed),
-                &username.as_ref().map(Username::key),
-                &email.as_ref().map(|email| email.typed()),
-                &email.as_ref().map(|email| email.key()),
+                &username.as_ref().map(Username::as_entered),
+                &username.as_ref().map(Username::canonical),
+                &email.as_ref().map(|email| email.as_entered()),
+                &email.as_ref().map(|email| email.canonical()),
                 display_name,
             ],
         )
@@ -277,7 +281,7 @@ async fn update_user(db: &Db, update: &Update) -> Result<pb::User, Error> {
         return replayed_or(db, request_id, not_found(*id)).await;
     };
     let user = user_from_row(row)?;
-    if column(row, EXTRA)? {
+    if column(row, USER_COLUMN_COUNT)? {
         return Ok(user);
     }
     replayed_or(db, request_id, refusal(&user, *expected_revision)).await
@@ -350,7 +354,7 @@ pub async fn delete(db: &Db, delete: &Delete) -> Result<Option<pb::User>, Error>
         };
     };
     let user = user_from_row(row)?;
-    if column(row, EXTRA)? {
+    if column(row, USER_COLUMN_COUNT)? {
         return Ok(Some(user));
     }
     replayed_or(db, request_id, refusal(&user, *expected_revision)).await.map(Some)
@@ -396,8 +400,8 @@ select ",
 /// Takes back a soft delete.
 pub async fn undelete(db: &Db, undelete: &Undelete) -> Result<pb::User, Error> {
     let Undelete { id, username, request_id } = undelete;
-    let username_key = username.as_ref().map(Username::key);
-    let username = username.as_ref().map(Username::typed);
+    let username_key = username.as_ref().map(Username::canonical);
+    let username = username.as_ref().map(Username::as_entered);
     let rows = db
         .run(
             Access::Write,
@@ -413,7 +417,7 @@ pub async fn undelete(db: &Db, undelete: &Undelete) -> Result<pb::User, Error> {
         return replayed_or(db, request_id, not_found(*id)).await;
     };
     let user = user_from_row(row)?;
-    if column(row, EXTRA)? {
+    if column(row, USER_COLUMN_COUNT)? {
         return Ok(user);
     }
     let refusal = match user.delete_time {
@@ -494,9 +498,9 @@ async fn replay(db: &Db, request_id: &RequestId) -> Result<Option<Replay>, Error
     let id: Option<Uuid> = column(row, ID)?;
     let replay = Replay {
         user: id.map(|_| user_from_row(row)).transpose()?,
-        user_id: column(row, EXTRA)?,
-        time: column(row, EXTRA + 1)?,
-        is_same: column(row, EXTRA + 2)?,
+        user_id: column(row, USER_COLUMN_COUNT)?,
+        time: column(row, USER_COLUMN_COUNT + 1)?,
+        is_same: column(row, USER_COLUMN_COUNT + 2)?,
     };
     if replay.is_same == Some(false) {
         let what = "was used for a request with other content";

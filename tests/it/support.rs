@@ -184,9 +184,12 @@ impl Server {
         // Everything is logged in the tests, to see that nothing is in it.
         command.env("RUST_LOG", "trace").env("LISTEN_ADDR", "127.0.0.1:0").env("DRAIN_DELAY_MS", "0");
         // Many tests hold a row until they have seen who waits for it.
-        command.env("LOCK_TIMEOUT_MS", "60000").env("POOL_WAIT_TIMEOUT_MS", "60000");
-        // The whole suite can be run without grouping; the answers are the same.
-        command.envs(std::env::var("GROUPING").map(|grouping| ("GROUPING", grouping)));
+        command.env("LOCK_TIMEOUT_MS", "60000").env("POOL_ACQUIRE_TIMEOUT_MS", "60000");
+        // The whole suite can be run without request_coalescing; the answers are the same.
+        command.envs(
+            std::env::var("REQUEST_COALESCING")
+                .map(|request_coalescing| ("REQUEST_COALESCING", request_coalescing)),
+        );
         command.envs(settings.iter().copied()).stderr(log.reopen().unwrap());
         let mut server = Self { child: command.spawn().unwrap(), addr: String::new(), log };
         server.addr = eventually("the service listens", async || {

@@ -18,7 +18,7 @@ type Client = UserServiceClient<Channel>;
 
 async fn grouping_server() -> (Server, Database) {
     let database = Database::migrated().await;
-    (Server::start(&database, &[("GROUPING", "on")]).await, database)
+    (Server::start(&database, &[("REQUEST_COALESCING", "on")]).await, database)
 }
 
 /// How often statements of groups were run.
@@ -183,7 +183,7 @@ async fn callers_that_give_up_take_nobody_with_them() {
 async fn a_group_whose_connection_breaks_leaves_each_outcome_open_and_the_retries_settle_it() {
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
-    let server = Server::start(&proxy.database(), &[("GROUPING", "on")]).await;
+    let server = Server::start(&proxy.database(), &[("REQUEST_COALESCING", "on")]).await;
     let client = server.client().await;
     let requests: Vec<_> = (0..100)
         .map(|n| pb::CreateUserRequest { request_id: new_request_id(), ..create(user(&format!("user{n}"))) })

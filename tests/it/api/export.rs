@@ -32,7 +32,7 @@ async fn insert(database: &Database, prefix: &str, count: u32, len: u32) {
 
 async fn begin(
     client: &Client,
-    filter: Option<pb::ListUsersFilter>,
+    filter: Option<pb::UserFilter>,
 ) -> Result<Streaming<ExportUsersResponse>, Status> {
     Ok(client.clone().export_users(pb::ExportUsersRequest { filter }).await?.into_inner())
 }
@@ -47,7 +47,7 @@ async fn rest(mut export: Streaming<ExportUsersResponse>) -> Result<Vec<pb::User
     Ok(users)
 }
 
-async fn export(client: &Client, filter: pb::ListUsersFilter) -> Vec<pb::User> {
+async fn export(client: &Client, filter: pb::UserFilter) -> Vec<pb::User> {
     rest(begin(client, Some(filter)).await.unwrap()).await.unwrap()
 }
 
@@ -68,7 +68,7 @@ async fn an_export_has_all_users_that_are_not_deleted_with_all_their_fields() {
     }
     client.delete_user(delete(&expected[1].id)).await.unwrap();
     expected.remove(1);
-    let users = export(&client, pb::ListUsersFilter::default()).await;
+    let users = export(&client, pb::UserFilter::default()).await;
     assert_eq!(users.len(), 1_202);
     let own: Vec<_> = users.into_iter().filter(|user| user.username.starts_with(SECRET)).collect();
     assert_eq!(own, expected);
@@ -83,20 +83,20 @@ async fn an_export_is_filtered_as_a_list_is() {
         users.push(created(&mut client, name).await);
     }
     users[1] = client.delete_user(delete(&users[1].id)).await.unwrap().into_inner().user.unwrap();
-    let all = pb::ListUsersFilter::default;
+    let all = pb::UserFilter::default;
     let of = |which: &[usize]| which.iter().map(|n| users[*n].clone()).collect::<Vec<_>>();
     let cases = [
         (all(), of(&[0, 2, 3])),
-        (pb::ListUsersFilter { include_deleted: true, ..all() }, of(&[0, 1, 2, 3])),
-        (pb::ListUsersFilter { username_prefix: format!("{SECRET}an"), ..all() }, of(&[0, 3])),
+        (pb::UserFilter { include_deleted: true, ..all() }, of(&[0, 1, 2, 3])),
+        (pb::UserFilter { username_prefix: format!("{SECRET}an"), ..all() }, of(&[0, 3])),
         (
-            pb::ListUsersFilter { username_prefix: format!("{SECRET}AN"), include_deleted: true, ..all() },
+            pb::UserFilter { username_prefix: format!("{SECRET}AN"), include_deleted: true, ..all() },
             of(&[0, 1, 3]),
         ),
-        (pb::ListUsersFilter { email: format!("{SECRET}BOB@example.com"), ..all() }, of(&[2])),
-        (pb::ListUsersFilter { create_time_after: users[0].create_time, ..all() }, of(&[2, 3])),
+        (pb::UserFilter { email: format!("{SECRET}BOB@example.com"), ..all() }, of(&[2])),
+        (pb::UserFilter { create_time_after: users[0].create_time, ..all() }, of(&[2, 3])),
         (
-            pb::ListUsersFilter { create_time_before: users[2].create_time, include_deleted: true, ..all() },
+            pb::UserFilter { create_time_before: users[2].create_time, include_deleted: true, ..all() },
             of(&[0, 1]),
         ),
     ];
@@ -106,10 +106,10 @@ async fn an_export_is_filtered_as_a_list_is() {
         assert_eq!(users, expected, "{filter:?}");
     }
     let time = Some(Timestamp { seconds: 1, nanos: 0 });
-    let mixed = pb::ListUsersFilter { username_prefix: "a".into(), create_time_after: time, ..all() };
+    let mixed = pb::UserFilter { username_prefix: "a".into(), create_time_after: time, ..all() };
     let answer = begin(&client, Some(mixed)).await;
     assert_refused(answer, Code::InvalidArgument, "FILTER_UNSUPPORTED");
-    let wrong = pb::ListUsersFilter { email: "nonsense".into(), ..all() };
+    let wrong = pb::UserFilter { email: "nonsense".into(), ..all() };
     let status = assert_refused(begin(&client, Some(wrong)).await, Code::InvalidArgument, "EMAIL_INVALID");
     assert_eq!(violations(&status), [("filter.email".into(), "EMAIL_INVALID".into())]);
 }

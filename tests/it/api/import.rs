@@ -209,7 +209,7 @@ async fn existing_users_are_overwritten_by_username_where_something_changes() {
         (users["alice"].username.clone(), format!("{SECRET}new@EXAMPLE.com"))
     );
     assert_eq!((alice.id, alice.revision), (users["alice"].id.clone(), 2));
-    let by_email = pb::ListUsersFilter { email: format!("{SECRET}NEW@example.com"), ..Default::default() };
+    let by_email = pb::UserFilter { email: format!("{SECRET}NEW@example.com"), ..Default::default() };
     let list = pb::ListUsersRequest { filter: Some(by_email), ..Default::default() };
     assert_eq!(client.list_users(list).await.unwrap().into_inner().users.len(), 1);
     assert_eq!(get(&client, "bob").await, users["bob"]);
@@ -523,7 +523,7 @@ async fn chunks_that_share_a_user_are_written_in_the_order_in_which_they_are_sen
 #[tokio::test]
 async fn a_client_that_does_not_read_its_acknowledgements_keeps_no_connection_of_the_pool() {
     let database = Database::migrated().await;
-    let server = Server::start(&database, &[("POOL_SIZE", "1"), ("POOL_WAIT_TIMEOUT_MS", "2000")]).await;
+    let server = Server::start(&database, &[("POOL_SIZE", "1"), ("POOL_ACQUIRE_TIMEOUT_MS", "2000")]).await;
     let (id, mut client) = (new_request_id(), server.client().await);
     // Nothing is right, so the acknowledgements are large, but not as large as to be
     // sent alone.

@@ -111,10 +111,8 @@ async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
         note("username", client.undelete_user(request).await.map(drop));
         let request = pb::ListUsersRequest { page_token: t(), ..Default::default() };
         note("page_token", client.list_users(request).await.map(drop));
-        let request = pb::ListUsersRequest {
-            order_by: 0,
-            ..list(pb::ListUsersFilter { email: t(), ..Default::default() })
-        };
+        let request =
+            pb::ListUsersRequest { order_by: 0, ..list(pb::UserFilter { email: t(), ..Default::default() }) };
         note("filter.email", client.list_users(request).await.map(drop));
 
         if Uuid::parse_str(&text).is_err() || text.len() != 36 {
@@ -131,7 +129,7 @@ async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
 
         assert_all_refused(answers, &text);
 
-        let prefix = list(pb::ListUsersFilter { username_prefix: t(), ..Default::default() });
+        let prefix = list(pb::UserFilter { username_prefix: t(), ..Default::default() });
         let check =
             client.check_username(pb::CheckUsernameRequest { username: t() }).await.unwrap().into_inner();
         assert_eq!(check.reason, "USERNAME_INVALID", "{text:.40?}");

@@ -11,7 +11,7 @@ use std::{
 use prost_types::Timestamp;
 use tonic::{Code, transport::Channel};
 use user_service::app;
-use user_service::model::position::Point;
+use user_service::model::position::LogPosition;
 use user_service::pb::{self, OrderBy, user_service_client::UserServiceClient};
 use user_service::store::batch;
 use user_service::store::list;
@@ -21,7 +21,7 @@ use crate::support::*;
 
 const ORDERS: [OrderBy; 3] = [OrderBy::CreateTimeDesc, OrderBy::CreateTimeAsc, OrderBy::UsernameAsc];
 
-fn ask(order: OrderBy, filter: pb::ListUsersFilter) -> pb::ListUsersRequest {
+fn ask(order: OrderBy, filter: pb::UserFilter) -> pb::ListUsersRequest {
     pb::ListUsersRequest { order_by: order.into(), filter: Some(filter), ..Default::default() }
 }
 
@@ -78,7 +78,7 @@ async fn a_user_that_stays_is_on_exactly_one_page_while_others_come_and_go() {
                     }
                 }
             });
-            let filter = pb::ListUsersFilter { include_deleted, ..Default::default() };
+            let filter = pb::UserFilter { include_deleted, ..Default::default() };
             let request = pb::ListUsersRequest { page_size: 7, ..ask(order, filter) };
             loop {
                 let before = rounds.load(Ordering::Relaxed);
@@ -107,7 +107,7 @@ async fn each_order_is_the_order_that_it_says() {
     for name in ["b", "\u{e9}", "a", "Z"] {
         created(&mut client, name).await;
     }
-    let all = pb::ListUsersFilter::default;
+    let all = pb::UserFilter::default;
     assert_eq!(names(&mut client, ask(OrderBy::Unspecified, all())).await, ["Z", "a", "\u{e9}", "b"]);
     assert_eq!(names(&mut client, ask(OrderBy::CreateTimeDesc, all())).await, ["Z", "a", "\u{e9}", "b"]);
     assert_eq!(names(&mut client, ask(OrderBy::CreateTimeAsc, all())).await, ["b", "\u{e9}", "a", "Z"]);
@@ -123,7 +123,7 @@ async fn users_with_the_same_key_are_told_apart_by_their_id() {
     let mut client = server.client().await;
     for order in [OrderBy::CreateTimeDesc, OrderBy::CreateTimeAsc] {
         for email in ["", "A@b.C"] {
-            let filter = pb::ListUsersFilter { email: email.into(), ..Default::default() };
+            let filter = pb::UserFilter { email: email.into(), ..Default::default() };
             let mut names =
                 names(&mut client, pb::ListUsersRequest { page_size: 4, ..ask(order, filter) }).await;
             names.sort();
@@ -138,7 +138,7 @@ async fn users_with_the_same_key_are_told_apart_by_their_id() {
         )
         .await
         .unwrap();
-    let filter = pb::ListUsersFilter { include_deleted: true, ..Default::default() };
+    let filter = pb::UserFilter { include_deleted: true, ..Default::default() };
     let request = pb::ListUsersRequest { page_size: 4, ..ask(OrderBy::UsernameAsc, filter) };
     assert_eq!(names(&mut client, request).await.len(), 30);
 }
@@ -152,13 +152,10 @@ async fn filters_select_what_they_say() {
         users.push(created(&mut client, name).await);
     }
     client.delete_user(delete(&users[1].id)).await.unwrap();
-    let none = pb::ListUsersFilter::default();
+    let none = pb::UserFilter::default();
     let by_name = |prefix: &str, include_deleted| {
         let username_prefix = format!("{SECRET}{prefix}");
-        ask(
-            OrderBy::UsernameAsc,
-            pb::ListUsersFilter { username_prefix, include_deleted, ..Default::default() },
-        )
+        ask(OrderBy::UsernameAsc, pb::UserFilter { username_prefix, include_deleted, ..Default::default() })
     };
     assert_eq!(names(&mut client, by_name("AN", false)).await, ["an.na", "ann", "anz"]);
     assert_eq!(names(&mut client, by_name("an", true)).await, ["an.na", "ann", "Anna", "anz"]);
@@ -167,16 +164,16 @@ async fn filters_select_what_they_say() {
     assert_eq!(names(&mut client, by_name("c", true)).await, [""; 0]);
 
     let email = format!("{}BOB@EXAMPLE.com", SECRET.to_uppercase());
-    let by_email = pb::ListUsersFilter { email, ..none.clone() };
+    let by_email = pb::UserFilter { email, ..none.clone() };
     assert_eq!(names(&mut client, ask(OrderBy::CreateTimeAsc, by_email)).await, ["bob"]);
 
-    let between = pb::ListUsersFilter {
+    let between = pb::UserFilter {
         create_time_after: users[0].create_time,
         create_time_before: users[4].create_time,
         ..none
     };
     assert_eq!(names(&mut client, ask(OrderBy::CreateTimeAsc, between.clone())).await, ["bob", "an.na"]);
-    let with_deleted = pb::ListUsersFilter { include_deleted: true, ..between };
+    let with_deleted = pb::UserFilter { include_deleted: true, ..between };
     assert_eq!(
         names(&mut client, ask(OrderBy::CreateTimeDesc, with_deleted)).await,
         ["an.na", "bob", "Anna"]
@@ -209,7 +206,7 @@ async fn the_first_page_has_an_estimate_and_a_watch_token_and_others_do_not() {
     let first = page(&mut client, &pb::ListUsersRequest::default()).await;
     assert_eq!(first.total_size_estimate, 100);
     // What it is good for is shown where it is used: in watch.rs.
-    assert!(Point::from_token(&first.watch_token).is_some());
+    assert!(LogPosition::from_token(&first.watch_token).is_some());
     let request = pb::ListUsersRequest { page_token: first.next_page_token, ..Default::default() };
     let second = page(&mut client, &request).await;
     assert_eq!((second.users.len(), second.total_size_estimate, second.watch_token.as_str()), (50, 0, ""));
@@ -235,17 +232,17 @@ async fn a_page_token_that_is_not_of_this_list_is_refused() {
             ..Default::default()
         },
         pb::ListUsersRequest {
-            filter: filter(pb::ListUsersFilter { include_deleted: true, ..Default::default() }),
+            filter: filter(pb::UserFilter { include_deleted: true, ..Default::default() }),
             page_token: token.clone(),
             ..Default::default()
         },
         pb::ListUsersRequest {
-            filter: filter(pb::ListUsersFilter { email: "a@b.c".into(), ..Default::default() }),
+            filter: filter(pb::UserFilter { email: "a@b.c".into(), ..Default::default() }),
             page_token: token.clone(),
             ..Default::default()
         },
         pb::ListUsersRequest {
-            filter: filter(pb::ListUsersFilter {
+            filter: filter(pb::UserFilter {
                 create_time_after: Some(Timestamp { seconds: 1, nanos: 0 }),
                 ..Default::default()
             }),
@@ -274,7 +271,7 @@ async fn a_page_token_that_is_not_of_this_list_is_refused() {
         assert_eq!(violations(&status), [("page_token".into(), "PAGE_TOKEN_INVALID".into())]);
     }
     // Not even of a watch of the same users.
-    let prefix = pb::ListUsersFilter { username_prefix: "user".into(), ..Default::default() };
+    let prefix = pb::UserFilter { username_prefix: "user".into(), ..Default::default() };
     let watch = pb::WatchUsersRequest { filter: filter(prefix.clone()), ..Default::default() };
     let mut watch = client.watch_users(watch).await.unwrap().into_inner();
     let page_token = watch.message().await.unwrap().unwrap().resume_token;
@@ -290,15 +287,15 @@ async fn what_no_index_serves_is_refused() {
     let mut client = server.client().await;
     let time = Some(Timestamp { seconds: 1, nanos: 0 });
     let filters = [
-        pb::ListUsersFilter { username_prefix: "abc".into(), ..Default::default() },
-        pb::ListUsersFilter { email: "a@b.c".into(), ..Default::default() },
-        pb::ListUsersFilter { create_time_after: time, ..Default::default() },
-        pb::ListUsersFilter { create_time_before: time, ..Default::default() },
+        pb::UserFilter { username_prefix: "abc".into(), ..Default::default() },
+        pb::UserFilter { email: "a@b.c".into(), ..Default::default() },
+        pb::UserFilter { create_time_after: time, ..Default::default() },
+        pb::UserFilter { create_time_before: time, ..Default::default() },
     ];
     // Every combination of conditions, in every order, with and without deleted.
     for order in ORDERS {
         for chosen in 0..1_u32 << filters.len() {
-            let mut filter = pb::ListUsersFilter { include_deleted: chosen % 3 == 0, ..Default::default() };
+            let mut filter = pb::UserFilter { include_deleted: chosen % 3 == 0, ..Default::default() };
             for (n, part) in filters.iter().enumerate().filter(|(n, _)| chosen >> n & 1 == 1) {
                 match n {
                     0 => filter.username_prefix.clone_from(&part.username_prefix),
@@ -320,7 +317,7 @@ async fn what_no_index_serves_is_refused() {
     let status = assert_refused(client.list_users(unknown).await, Code::InvalidArgument, "FIELD_INVALID");
     assert_eq!(violations(&status)[0].0, "order_by");
     for time in [Timestamp { seconds: i64::MAX, nanos: 0 }, Timestamp { seconds: 0, nanos: -1 }] {
-        let filter = pb::ListUsersFilter { create_time_after: Some(time), ..Default::default() };
+        let filter = pb::UserFilter { create_time_after: Some(time), ..Default::default() };
         let status = client.list_users(ask(OrderBy::CreateTimeAsc, filter)).await;
         let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
         assert_eq!(violations(&status)[0].0, "filter.create_time_after");

@@ -250,18 +250,18 @@ async fn start(database: &Database) -> Server {
 }
 
 /// What the mirrors are of.
-fn filters() -> [Option<pb::ListUsersFilter>; 4] {
-    let live = pb::ListUsersFilter::default();
+fn filters() -> [Option<pb::UserFilter>; 4] {
+    let live = pb::UserFilter::default();
     let username_prefix = user("name1").username;
     [
         None,
-        Some(pb::ListUsersFilter { include_deleted: true, ..live.clone() }),
-        Some(pb::ListUsersFilter { username_prefix, ..live.clone() }),
+        Some(pb::UserFilter { include_deleted: true, ..live.clone() }),
+        Some(pb::UserFilter { username_prefix, ..live.clone() }),
         Some(live),
     ]
 }
 
-fn is_meant(filter: Option<&pb::ListUsersFilter>, user: &pb::User) -> bool {
+fn is_meant(filter: Option<&pb::UserFilter>, user: &pb::User) -> bool {
     filter.is_none_or(|filter| {
         user.username.starts_with(&filter.username_prefix)
             && (filter.include_deleted || user.delete_time.is_none())

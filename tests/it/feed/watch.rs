@@ -9,7 +9,7 @@ use std::{
 use futures_util::future::join_all;
 use tonic::{Code, Status, Streaming, transport::Channel};
 use tonic_types::StatusExt;
-use user_service::model::page::{open, seal};
+use user_service::model::page::{decode_token, encode_token};
 use user_service::pb::{self, ChangeKind, user_service_client::UserServiceClient};
 use user_service::store::change_log;
 use user_service::store::dev_postgres::Embedded;
@@ -87,7 +87,7 @@ fn in_short(change: &pb::UserChange) -> (ChangeKind, &str, i64) {
 
 /// All users, by id.
 pub async fn table(client: &mut UserServiceClient<Channel>) -> HashMap<String, pb::User> {
-    let filter = pb::ListUsersFilter { include_deleted: true, ..Default::default() };
+    let filter = pb::UserFilter { include_deleted: true, ..Default::default() };
     let mut request = pb::ListUsersRequest { page_size: 1000, filter: Some(filter), ..Default::default() };
     let mut users = HashMap::new();
     loop {
@@ -223,17 +223,17 @@ async fn every_way_of_changing_a_user_appears_once_and_nothing_that_did_not_happ
 
 #[tokio::test]
 async fn an_initial_state_and_the_changes_after_it_are_the_table_wherever_they_are_interrupted() {
-    let by_username = pb::ListUsersFilter { username_prefix: "user".into(), ..Default::default() };
+    let by_username = pb::UserFilter { username_prefix: "user".into(), ..Default::default() };
     for (filter, is_meant) in [
         (None, (|_| true) as fn(&pb::User) -> bool),
-        (Some(pb::ListUsersFilter::default()), |user| user.delete_time.is_none()),
+        (Some(pb::UserFilter::default()), |user| user.delete_time.is_none()),
         (Some(by_username), |user| user.delete_time.is_none() && user.username.starts_with("user")),
     ] {
         interrupted_everywhere(filter, is_meant).await;
     }
 }
 
-async fn interrupted_everywhere(filter: Option<pb::ListUsersFilter>, is_meant: impl Fn(&pb::User) -> bool) {
+async fn interrupted_everywhere(filter: Option<pb::UserFilter>, is_meant: impl Fn(&pb::User) -> bool) {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let beginning = pb::WatchUsersRequest { filter: filter.clone(), ..initial_state() };
@@ -331,7 +331,7 @@ async fn a_token_that_cannot_be_resumed_is_refused_with_what_to_do() {
         "1 2 3|18446744073709551615 5||",
         "1 2 3|1 9223372036854775807||",
     ] {
-        bad.push(seal(b"watch", text.as_bytes()));
+        bad.push(encode_token(b"watch", text.as_bytes()));
     }
     for token in bad {
         let refused = Watch::resumed(&mut client, &token).await.map(drop);
@@ -354,11 +354,12 @@ async fn a_token_that_cannot_be_resumed_is_refused_with_what_to_do() {
     };
     // Of another database of this cluster; of another timeline; from the future.
     foreign(&mut other, &token).await;
-    let text = String::from_utf8(open(b"watch", &token).unwrap()).unwrap();
-    foreign(&mut client, &seal(b"watch", text.replacen(" 00000001|", " 00000002|", 1).as_bytes())).await;
+    let text = String::from_utf8(decode_token(b"watch", &token).unwrap()).unwrap();
+    foreign(&mut client, &encode_token(b"watch", text.replacen(" 00000001|", " 00000002|", 1).as_bytes()))
+        .await;
     let (history, rest) = text.split_once('|').unwrap();
     let future = format!("{history}|9999999 {}", rest.split_once(' ').unwrap().1);
-    foreign(&mut client, &seal(b"watch", future.as_bytes())).await;
+    foreign(&mut client, &encode_token(b"watch", future.as_bytes())).await;
     // The database is one that was restored from before the token: it has no such change,
     // or another transaction has got the number of the one that had it.
     let admin = database.connect().await;

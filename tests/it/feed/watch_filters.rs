@@ -9,14 +9,14 @@ use crate::feed::watch::{Watch, from_token, initial_state};
 use crate::mirror::Mirror;
 use crate::support::*;
 
-fn none() -> pb::ListUsersFilter {
-    pb::ListUsersFilter::default()
+fn none() -> pb::UserFilter {
+    pb::UserFilter::default()
 }
 
 /// Those whom a list with the same filter has.
 async fn listed(
     client: &mut UserServiceClient<Channel>,
-    filter: &pb::ListUsersFilter,
+    filter: &pb::UserFilter,
 ) -> HashMap<String, pb::User> {
     let by_username = !filter.username_prefix.is_empty();
     let order = if by_username { pb::OrderBy::UsernameAsc } else { pb::OrderBy::CreateTimeAsc };
@@ -36,20 +36,20 @@ async fn change(client: &mut UserServiceClient<Channel>, id: &str, username: &st
 }
 
 /// A filter of each kind. The last two are bounded by users that exist.
-async fn some_filters(client: &UserServiceClient<Channel>, ids: &[String]) -> [pb::ListUsersFilter; 9] {
+async fn some_filters(client: &UserServiceClient<Channel>, ids: &[String]) -> [pb::UserFilter; 9] {
     let time_of = async |id: &str| {
         client.clone().get_user(by_id(id)).await.unwrap().into_inner().user.unwrap().create_time
     };
     [
         none(),
-        pb::ListUsersFilter { include_deleted: true, ..none() },
-        pb::ListUsersFilter { username_prefix: format!("{SECRET}AN"), ..none() },
-        pb::ListUsersFilter { username_prefix: format!("{SECRET}an"), include_deleted: true, ..none() },
-        pb::ListUsersFilter { username_prefix: format!("{SECRET}A\u{308}"), ..none() },
-        pb::ListUsersFilter { email: format!("{SECRET}Bob@EXAMPLE.com"), ..none() },
-        pb::ListUsersFilter { email: format!("{SECRET}ANNE@bücher.EXAMPLE"), ..none() },
-        pb::ListUsersFilter { create_time_after: time_of(&ids[1]).await, ..none() },
-        pb::ListUsersFilter { create_time_before: time_of(&ids[2]).await, include_deleted: true, ..none() },
+        pb::UserFilter { include_deleted: true, ..none() },
+        pb::UserFilter { username_prefix: format!("{SECRET}AN"), ..none() },
+        pb::UserFilter { username_prefix: format!("{SECRET}an"), include_deleted: true, ..none() },
+        pb::UserFilter { username_prefix: format!("{SECRET}A\u{308}"), ..none() },
+        pb::UserFilter { email: format!("{SECRET}Bob@EXAMPLE.com"), ..none() },
+        pb::UserFilter { email: format!("{SECRET}ANNE@bücher.EXAMPLE"), ..none() },
+        pb::UserFilter { create_time_after: time_of(&ids[1]).await, ..none() },
+        pb::UserFilter { create_time_before: time_of(&ids[2]).await, include_deleted: true, ..none() },
     ]
 }
 
@@ -128,7 +128,7 @@ async fn whoever_begins_to_meet_the_filter_comes_and_whoever_ceases_to_goes() {
     }
 }
 
-fn assert_is_told_rightly(change: &pb::UserChange, filter: &pb::ListUsersFilter) {
+fn assert_is_told_rightly(change: &pb::UserChange, filter: &pb::UserFilter) {
     assert!(change.user.is_none() || !change.removed, "{change:?}");
     if let Some(user) = &change.user {
         let username = user.username.to_lowercase();
@@ -147,7 +147,7 @@ fn assert_is_told_rightly(change: &pb::UserChange, filter: &pb::ListUsersFilter)
 async fn of_those_who_do_not_meet_the_filter_only_the_id_comes() {
     let (server, _) = server().await;
     let mut client = server.client().await;
-    let filter = pb::ListUsersFilter { username_prefix: format!("{SECRET}an"), ..none() };
+    let filter = pb::UserFilter { username_prefix: format!("{SECRET}an"), ..none() };
     let request = pb::WatchUsersRequest { filter: Some(filter), ..Default::default() };
     let mut watch = Watch::open(&mut client, request).await.unwrap();
     assert!(watch.message().await.unwrap().bookmark);
@@ -170,8 +170,8 @@ async fn a_token_belongs_to_its_filter_and_that_of_a_list_or_an_export_to_any() 
     for name in ["ann", "bob"] {
         created(&mut client, name).await;
     }
-    let prefix = |text: &str| pb::ListUsersFilter { username_prefix: format!("{SECRET}{text}"), ..none() };
-    let all = pb::ListUsersFilter { include_deleted: true, ..none() };
+    let prefix = |text: &str| pb::UserFilter { username_prefix: format!("{SECRET}{text}"), ..none() };
+    let all = pb::UserFilter { include_deleted: true, ..none() };
     let filters = [None, Some(all), Some(none()), Some(prefix("an")), Some(prefix("AN")), Some(prefix("bo"))];
     // Which of them mean the same.
     let meanings = [0, 0, 1, 2, 2, 3];
@@ -207,12 +207,12 @@ async fn a_token_belongs_to_its_filter_and_that_of_a_list_or_an_export_to_any() 
 async fn a_filter_that_no_index_serves_or_that_is_wrong_is_refused_by_its_field() {
     let (server, _) = server().await;
     let mut client = server.client().await;
-    let an = || pb::ListUsersFilter { username_prefix: "an".into(), ..none() };
+    let an = || pb::UserFilter { username_prefix: "an".into(), ..none() };
     for (filter, reason, field) in [
-        (pb::ListUsersFilter { email: "a@b.c".into(), ..an() }, "FILTER_UNSUPPORTED", "filter"),
-        (pb::ListUsersFilter { email: "nonsense".into(), ..none() }, "EMAIL_INVALID", "filter.email"),
+        (pb::UserFilter { email: "a@b.c".into(), ..an() }, "FILTER_UNSUPPORTED", "filter"),
+        (pb::UserFilter { email: "nonsense".into(), ..none() }, "EMAIL_INVALID", "filter.email"),
         (
-            pb::ListUsersFilter { username_prefix: "a\0".into(), ..none() },
+            pb::UserFilter { username_prefix: "a\0".into(), ..none() },
             "FIELD_INVALID",
             "filter.username_prefix",
         ),

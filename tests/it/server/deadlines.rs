@@ -65,7 +65,7 @@ async fn the_query_of_a_caller_who_left_is_cancelled() {
 #[tokio::test]
 async fn the_wait_for_a_connection_counts() {
     let database = Database::migrated().await;
-    let server = Server::start(&database, &[("POOL_SIZE", "1"), ("CALL_TIMEOUT_MS", "10000")]).await;
+    let server = Server::start(&database, &[("POOL_SIZE", "1"), ("REQUEST_TIMEOUT_MS", "10000")]).await;
     let (id, _holder) = locked(&server, &database).await;
     let mut client = server.patient_client();
     let stuck = tokio::spawn({
@@ -83,7 +83,7 @@ async fn the_wait_for_a_connection_counts() {
 #[tokio::test]
 async fn who_finds_the_line_full_is_turned_away_at_once_and_who_waits_too_long_then() {
     let database = Database::migrated().await;
-    let settings = [("POOL_SIZE", "1"), ("MAX_WAITING_CALLS", "2"), ("POOL_WAIT_TIMEOUT_MS", "5000")];
+    let settings = [("POOL_SIZE", "1"), ("MAX_QUEUED_REQUESTS", "2"), ("POOL_ACQUIRE_TIMEOUT_MS", "5000")];
     let server = Server::start(&database, &settings).await;
     let (id, holder) = locked(&server, &database).await;
     let mut client = server.patient_client();
