@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
     let builder = || tonic_prost_build::configure().codec_path("crate::pb::codec::BoundedCodec");
     builder().build_server(false).compile_fds(descriptors.clone())?;
-    // The server by itself: what it sends to those who watch is encoded already.
+    // The server on its own, because what it sends to watchers is already encoded.
     let server = out.join("server");
     fs::create_dir_all(&server)?;
     builder()

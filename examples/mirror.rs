@@ -58,10 +58,12 @@ impl Mirror {
     /// Brings the copy to the point behind a message.
     pub fn apply(&mut self, message: WatchUsersResponse) {
         for change in message.changes {
-            if let Some(user) = change.user {
-                self.users.insert(change.id, user);
-            } else if change.removed {
-                self.users.remove(&change.id);
+            match change.state {
+                Some(user_service::pb::user_change::State::User(user)) => {
+                    drop(self.users.insert(change.id, user))
+                }
+                Some(user_service::pb::user_change::State::Removed(_)) => drop(self.users.remove(&change.id)),
+                Some(user_service::pb::user_change::State::Superseded(_)) | None => {}
             }
             // Otherwise, another change of this user follows.
         }

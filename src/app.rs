@@ -13,31 +13,28 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
 
 use crate::api::coalescer::Limits;
+use crate::api::import::Imports;
 use crate::api::service::UserService;
 use crate::config::{Config, RequestCoalescing};
 use crate::feed::reader::Feed;
 use crate::health;
 use crate::pb;
 use crate::server::dispatch::{self, NamedService};
-use crate::store::batch;
+use crate::store;
 use crate::store::change_log;
 use crate::store::dev_postgres::Embedded;
 use crate::store::export::{self, Exports};
-use crate::store::grouped;
-use crate::store::import::{self, Imports};
-use crate::store::list;
-use crate::store::lookup;
+use crate::store::migrate;
 use crate::store::pool::{self, Db};
 use crate::store::purge;
-use crate::store::users;
 use crate::telemetry::describe;
 
-/// Statements under way at once for each of the rpcs that are grouped. With more,
-/// groups are smaller. On two cores, 1 to 4 made no difference that was larger than the
-/// noise, with 512 calls in flight; one is slower with 100.
-const LANES: usize = 2;
-/// Calls in one statement, at most. 64 to 512 made no difference either.
-const GROUP_SIZE: usize = 128;
+/// Statements that run at the same time for each coalesced operation. With more, batches are
+/// smaller. On two cores, 1 to 4 made no difference that was larger than the noise, with 512
+/// requests in flight; one is slower with 100.
+const MAX_IN_FLIGHT: usize = 2;
+/// Requests in one statement. 64 to 512 made no difference either.
+const MAX_BATCH: usize = 128;
 
 /// Between two attempts to reach a database that is not there yet.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
@@ -52,15 +49,21 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let addr = listener.local_addr()?;
     let (embedded, postgres) = open(&config).await?;
 
-    let (db, abandoned) = Db::new(&config, postgres.clone(), &statements())?;
+    let (db, abandoned) = Db::new(&config, postgres.clone(), &store::statements())?;
     let db = Arc::new(db);
     let reporter = health::reporter().await;
     let lanes = TaskTracker::new();
     let imports = Imports::new(Arc::clone(&db), &config, lanes.clone());
     let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
     let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
-    let users =
-        UserService::new(Arc::clone(&db), group_limits(&config), &lanes, imports, exports, Arc::clone(&feed));
+    let users = UserService::new(
+        Arc::clone(&db),
+        coalescer_limits(&config),
+        &lanes,
+        imports,
+        exports,
+        Arc::clone(&feed),
+    );
     let services = services(users, &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
@@ -136,7 +139,7 @@ async fn keep_database(
 /// Brings the database's schema up to date.
 pub async fn migrate(config: Config) -> anyhow::Result<()> {
     let (embedded, postgres) = open(&config).await?;
-    let result = pool::migrate(&postgres).await;
+    let result = migrate::migrate(&postgres).await;
     match embedded {
         Some(embedded) => result.and(embedded.stop().await),
         None => result,
@@ -160,7 +163,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     let mut delay = RETRY_DELAY_MIN;
     loop {
         let Err(error) = async {
-            pool::migrate(postgres).await?;
+            migrate::migrate(postgres).await?;
             change_log::adopt(postgres).await?;
             db.verify_schema().await
         }
@@ -181,31 +184,18 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     }
 }
 
-fn group_limits(config: &Config) -> Limits {
+fn coalescer_limits(config: &Config) -> Limits {
+    let (max_in_flight, max_batch) = match config.request_coalescing {
+        RequestCoalescing::On => (MAX_IN_FLIGHT, MAX_BATCH),
+        RequestCoalescing::Off => (usize::MAX, 1),
+    };
     Limits {
-        lanes: match config.request_coalescing {
-            RequestCoalescing::On => LANES,
-            RequestCoalescing::Off => usize::MAX,
-        },
-        size: GROUP_SIZE,
-        waiting: config.max_queued_requests,
+        max_in_flight,
+        max_batch,
+        max_queued: config.max_queued_requests,
         timeout: Duration::from_millis(config.request_timeout_ms),
+        lock_timeout: Duration::from_millis(config.lock_timeout_ms),
     }
-}
-
-/// Every statement of the service, for preparation.
-pub fn statements() -> Vec<&'static str> {
-    [
-        users::STATEMENTS,
-        grouped::STATEMENTS,
-        batch::STATEMENTS,
-        lookup::STATEMENTS,
-        list::STATEMENTS,
-        import::STATEMENTS,
-        purge::STATEMENTS,
-        change_log::STATEMENTS,
-    ]
-    .concat()
 }
 
 fn services(users: UserService, reporter: &HealthReporter) -> anyhow::Result<Vec<NamedService>> {

@@ -116,6 +116,10 @@ pub struct Config {
     #[arg(long, env, global = true, default_value_t = 20_000, value_parser = range::<u64>(0, 600_000))]
     pub shutdown_grace_ms: u64,
 
+    /// How long a username that an update replaced stays held for its former owner; 0 frees it at once.
+    #[arg(long, env, global = true, default_value_t = 30, value_parser = range::<u32>(0, 3650))]
+    pub username_hold_days: u32,
+
     /// How often to erase users and records whose time has come.
     #[arg(long, env, global = true, default_value_t = 60_000, value_parser = range::<u64>(10, 86_400_000))]
     pub purge_interval_ms: u64,

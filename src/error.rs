@@ -1,4 +1,4 @@
-//! What can go wrong with a call, and the one place that picks a code for it.
+//! What can go wrong with a request, and the only place that picks a gRPC code for it.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -6,121 +6,109 @@ use std::{
 };
 
 use tokio_postgres::error::SqlState;
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
-/// The domain of every `google.rpc.ErrorInfo`.
-pub const DOMAIN: &str = "users.v1";
+use crate::pb::ErrorReason as Reason;
 
-/// The reasons why a field is refused; those of whole calls stand in
-/// `Error::parts`.
-pub mod reason {
-    #![allow(missing_docs)]
-    pub const FIELD_REQUIRED: &str = "FIELD_REQUIRED";
-    pub const FIELD_INVALID: &str = "FIELD_INVALID";
-    pub const USERNAME_INVALID: &str = "USERNAME_INVALID";
-    pub const USERNAME_TAKEN: &str = "USERNAME_TAKEN";
-    pub const EMAIL_INVALID: &str = "EMAIL_INVALID";
-    pub const UPDATE_MASK_INVALID: &str = "UPDATE_MASK_INVALID";
-    pub const PAGE_TOKEN_INVALID: &str = "PAGE_TOKEN_INVALID";
-    pub const FILTER_UNSUPPORTED: &str = "FILTER_UNSUPPORTED";
-    pub const BATCH_TOO_LARGE: &str = "BATCH_TOO_LARGE";
-    pub const REQUEST_ID_REUSED: &str = "REQUEST_ID_REUSED";
-    pub const RESUME_TOKEN_INVALID: &str = "RESUME_TOKEN_INVALID";
-    pub const USER_ID_TAKEN: &str = "USER_ID_TAKEN";
-    pub const USER_NOT_FOUND: &str = "USER_NOT_FOUND";
-    pub const USER_DELETED: &str = "USER_DELETED";
-    pub const REVISION_MISMATCH: &str = "REVISION_MISMATCH";
-}
+/// The domain of every `google.rpc.ErrorInfo`: unique beyond this service (AIP-193).
+pub const DOMAIN: &str = "user-service.users.v1";
+
+/// The trailer that stock gRPC clients obey when they retry, in milliseconds.
+const RETRY_PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// An element of a list in a request, such as `items[17]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Element {
-    /// The list's name.
+    /// The name of the list.
     pub list: &'static str,
-    /// 0 is the first.
+    /// The position in the list, from 0 on.
     pub index: usize,
 }
 
-/// A field that was refused.
+/// A rejected field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
     /// The element that the field is in, if it is in a list.
     pub element: Option<Element>,
     /// The path of the field in the element or in the request, as in the proto.
     pub field: String,
-    /// One of [`reason`].
-    pub reason: &'static str,
-    /// What is wrong, for a person. Never repeats the value.
+    /// Why, for a program.
+    pub reason: Reason,
+    /// Why, for a person. Never repeats the value.
     pub description: String,
 }
 
-/// Why a call failed.
+/// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
-    /// Fields were refused: all of them, never none.
+    /// All rejected fields; never empty.
     Invalid(Vec<Violation>),
-    /// Items of a batch do not go with the users that there are, or with one
-    /// another: all of them, never none.
+    /// All items of a batch that conflict with stored users or with one another; never
+    /// empty.
     Conflicts(Vec<Violation>),
-    /// Somebody has the username that this field asks for.
+    /// Another user has or holds the username.
     UsernameTaken {
-        /// The field's path.
+        /// The path of the field that asks for it.
         field: &'static str,
     },
-    /// There is a user with this id.
+    /// Another user has the id.
     UserIdTaken,
-    /// There is no user with this id or username.
+    /// No user has this id, username or e-mail address.
     UserNotFound {
-        /// The id or username, as the caller wrote it.
+        /// The id or name, as the caller wrote it.
         name: String,
     },
     /// The user is soft-deleted.
     UserDeleted,
     /// The user is not soft-deleted.
     UserNotDeleted,
-    /// The deleted user has no username any more, and none was given.
+    /// The deleted user's username was released, and the request has no new one.
     UsernameReleased,
+    /// Several users have the e-mail address.
+    EmailAmbiguous,
     /// The user has another revision than the caller expects.
     RevisionMismatch {
         /// The revision that it has.
         current: i64,
     },
-    /// Another transaction was in the way.
+    /// A concurrent transaction was in the way; nothing was changed.
     TransactionConflict,
-    /// Too many calls wait already.
+    /// The statement waited too long for a lock; nothing was changed.
+    LockTimeout,
+    /// Too many requests are queued.
     Overloaded,
-    /// As many streams of this kind are under way as there may be.
+    /// The limit of concurrent streams of a kind is reached.
     TooManyStreams {
-        /// Of which kind, such as "exports".
+        /// The kind, such as "exports".
         what: &'static str,
-        /// How many there may be.
+        /// The limit.
         limit: usize,
     },
-    /// Changes after the token are gone from the change log.
+    /// The change log no longer holds all changes after the token.
     ResumeTokenExpired,
-    /// The token is of another database, or of a history that this one has not had.
+    /// The token belongs to another database, or to a history that this one does not share.
     ResumeTokenForeign,
-    /// There is no connection to the database, or it cannot write.
+    /// The database cannot be reached, or accepts no writes.
     DatabaseUnavailable,
-    /// The connection broke while a change was being made.
+    /// The connection broke during a change.
     OutcomeUnknown,
-    /// The server stops, and with it a stream.
-    Stopping,
+    /// The server is shutting down and ends its streams.
+    ShuttingDown,
     /// The caller's deadline, or the server's limit, passed.
     DeadlineExceeded,
-    /// A defect. The log has the cause.
+    /// A defect; the log has the cause.
     Internal,
 }
 
 /// What a statement does with the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Nothing.
+    /// It reads.
     Read,
-    /// It changes them, and is committed.
+    /// It changes users, and is committed.
     Write,
-    /// It changes them, and is rolled back.
+    /// It changes users, and is rolled back.
     DryRun,
 }
 
@@ -142,40 +130,52 @@ impl Violation {
 }
 
 impl Error {
-    /// One refused field.
-    pub fn invalid(field: &str, reason: &'static str, description: impl Into<String>) -> Self {
+    /// One rejected field.
+    pub fn invalid(field: &str, reason: Reason, description: impl Into<String>) -> Self {
         let (field, description) = (field.to_owned(), description.into());
         Self::Invalid(vec![Violation { element: None, field, reason, description }])
     }
 
-    /// What a failed statement means to the caller. Constraints are known by
-    /// their names, everything else by its SQLSTATE; no text of the driver or of
-    /// PostgreSQL goes further than this, since both repeat values.
+    /// The same failure as a violation of one item of a batch. `prefix` is the path from the
+    /// item to the user's fields: `user.`, or empty.
+    pub fn into_item_violation(self, index: usize, prefix: &str) -> Violation {
+        let reason = self.reason();
+        let (field, description) = match &self {
+            Self::UsernameTaken { .. } => ("username", "another user or item has this username".into()),
+            Self::UserIdTaken => ("id", "another user or item has this id".into()),
+            Self::RevisionMismatch { .. } => ("revision", self.message()),
+            _ => ("id", self.message()),
+        };
+        let element = Some(Element { list: "items", index });
+        Violation { element, field: format!("{prefix}{field}"), reason, description }
+    }
+
+    /// What a failed statement means to the caller. Constraints are known by their names,
+    /// everything else by its SQLSTATE. No text of the driver or of PostgreSQL goes further
+    /// than this, since both repeat values.
     pub fn from_postgres(error: &tokio_postgres::Error, access: Access) -> Self {
         let lost = match access {
             Access::Read | Access::DryRun => Self::DatabaseUnavailable,
-            // Nobody knows whether it was committed.
+            // The server may have committed before the connection broke.
             Access::Write => Self::OutcomeUnknown,
         };
-        let Some(refusal) = error.as_db_error() else {
+        let Some(rejection) = error.as_db_error() else {
             return lost;
         };
-        match (refusal.code(), refusal.constraint()) {
+        match (rejection.code(), rejection.constraint()) {
             (&SqlState::UNIQUE_VIOLATION, Some("users_username_key")) => {
                 Self::UsernameTaken { field: "user.username" }
             }
             (&SqlState::UNIQUE_VIOLATION, Some("users_pkey")) => Self::UserIdTaken,
-            // In a group; alone, it waits for its twin and answers as that one.
+            // The same request was recorded after this statement had looked for it.
             (&SqlState::UNIQUE_VIOLATION, Some("requests_pkey")) => Self::TransactionConflict,
-            (
-                &SqlState::T_R_SERIALIZATION_FAILURE
-                | &SqlState::T_R_DEADLOCK_DETECTED
-                | &SqlState::LOCK_NOT_AVAILABLE,
-                _,
-            ) => Self::TransactionConflict,
-            // statement_timeout: as long as the longest call may take.
+            (&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED, _) => {
+                Self::TransactionConflict
+            }
+            (&SqlState::LOCK_NOT_AVAILABLE, _) => Self::LockTimeout,
+            // statement_timeout: as long as the longest request may take.
             (&SqlState::QUERY_CANCELED, _) => Self::DeadlineExceeded,
-            // A primary that became a standby refuses to write before it starts.
+            // A primary that became a standby rejects a write before it starts.
             (&SqlState::READ_ONLY_SQL_TRANSACTION, _) => Self::DatabaseUnavailable,
             (state, _) if is_connection_lost(state) => lost,
             // Insufficient resources: too many connections, disk full, no memory.
@@ -184,119 +184,89 @@ impl Error {
         }
     }
 
-    /// A message that is refused before it is decoded.
+    /// A message that is rejected before it is decoded.
     pub fn too_many_elements() -> Self {
-        Self::invalid(
-            "request",
-            reason::BATCH_TOO_LARGE,
-            "has too many elements: lists may have at most 1000",
-        )
+        Self::invalid("request", Reason::BatchTooLarge, "has too many elements: lists may have at most 1000")
     }
 
     /// Why a message of a stream could not be read.
     pub fn of_message(status: &Status) -> Self {
         let what = match status.code() {
             Code::OutOfRange => "is too large: at most 4 MiB",
-            Code::Unavailable => return Self::Stopping,
+            Code::Unavailable => return Self::ShuttingDown,
             Code::InvalidArgument => return Self::too_many_elements(),
             _ => "is not a message of this rpc",
         };
-        Self::invalid("request", reason::FIELD_INVALID, what)
+        Self::invalid("request", Reason::FieldInvalid, what)
     }
 
-    /// Code, reason and message of each failure.
-    #[expect(clippy::too_many_lines, reason = "a table")]
-    fn parts(&self) -> (Code, &'static str, String) {
+    /// The reason of each failure.
+    pub fn reason(&self) -> Reason {
         match self {
-            Self::Invalid(violations) => {
-                let reason = violations.first().map_or(reason::FIELD_INVALID, |v| v.reason);
-                (Code::InvalidArgument, reason, message(violations))
-            }
-            Self::Conflicts(violations) => {
-                let (code, reason) = hardest(violations);
-                (code, reason, message(violations))
-            }
-            Self::UsernameTaken { field } => (
-                Code::AlreadyExists,
-                reason::USERNAME_TAKEN,
-                format!("{field}: another user has this username"),
-            ),
-            Self::UserIdTaken => (
-                Code::AlreadyExists,
-                reason::USER_ID_TAKEN,
-                "user.id: there is a user with this id already".into(),
-            ),
-            Self::UserNotFound { .. } => {
-                (Code::NotFound, reason::USER_NOT_FOUND, "there is no such user".into())
-            }
-            Self::UserDeleted => {
-                (Code::FailedPrecondition, reason::USER_DELETED, "the user is deleted".into())
-            }
-            Self::UserNotDeleted => {
-                (Code::FailedPrecondition, "USER_NOT_DELETED", "the user is not deleted".into())
-            }
-            Self::UsernameReleased => (
-                Code::FailedPrecondition,
-                "USERNAME_RELEASED",
-                "the user's username was released: give it one in `username`".into(),
-            ),
-            Self::RevisionMismatch { current } => (
-                Code::Aborted,
-                reason::REVISION_MISMATCH,
-                format!("the user has changed: its revision is {current}"),
-            ),
-            Self::TransactionConflict => (
-                Code::Aborted,
-                "TRANSACTION_CONFLICT",
-                "another transaction was in the way; nothing was changed".into(),
-            ),
-            Self::Overloaded => (
-                Code::ResourceExhausted,
-                "OVERLOADED",
-                "too many calls are waiting; nothing was started".into(),
-            ),
-            Self::TooManyStreams { what, limit } => (
-                Code::ResourceExhausted,
-                "OVERLOADED",
-                format!("there are {limit} {what} under way, which is the limit; nothing was started"),
-            ),
-            Self::ResumeTokenExpired => (
-                Code::OutOfRange,
-                "RESUME_TOKEN_EXPIRED",
-                "resume_token: it is too old, changes after it are gone: begin anew with send_initial_state"
-                    .into(),
-            ),
-            Self::ResumeTokenForeign => (
-                Code::FailedPrecondition,
-                "RESUME_TOKEN_FOREIGN",
-                "resume_token: it is of another database, or of one that was restored since: begin anew \
-                 with send_initial_state"
-                    .into(),
-            ),
-            Self::DatabaseUnavailable => (
-                Code::Unavailable,
-                "DATABASE_UNAVAILABLE",
-                "the database cannot be reached; nothing was changed".into(),
-            ),
-            Self::OutcomeUnknown => (
-                Code::Unavailable,
-                "OUTCOME_UNKNOWN",
-                "the connection to the database broke: retry with the same request_id".into(),
-            ),
-            Self::Stopping => {
-                (Code::Unavailable, "STOPPING", "this replica stops: go on with another one".into())
-            }
-            Self::DeadlineExceeded => {
-                (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "the deadline has passed".into())
-            }
-            Self::Internal => (Code::Internal, "INTERNAL", "internal error".into()),
+            Self::Invalid(violations) => violations.first().map_or(Reason::FieldInvalid, |v| v.reason),
+            Self::Conflicts(violations) => first_conflict(violations),
+            Self::UsernameTaken { .. } => Reason::UsernameTaken,
+            Self::UserIdTaken => Reason::UserIdTaken,
+            Self::UserNotFound { .. } => Reason::UserNotFound,
+            Self::UserDeleted => Reason::UserDeleted,
+            Self::UserNotDeleted => Reason::UserNotDeleted,
+            Self::UsernameReleased => Reason::UsernameReleased,
+            Self::EmailAmbiguous => Reason::EmailAmbiguous,
+            Self::RevisionMismatch { .. } => Reason::RevisionMismatch,
+            Self::TransactionConflict | Self::LockTimeout => Reason::TransactionConflict,
+            Self::Overloaded | Self::TooManyStreams { .. } => Reason::Overloaded,
+            Self::ResumeTokenExpired => Reason::ResumeTokenExpired,
+            Self::ResumeTokenForeign => Reason::ResumeTokenForeign,
+            Self::DatabaseUnavailable => Reason::DatabaseUnavailable,
+            Self::OutcomeUnknown => Reason::OutcomeUnknown,
+            Self::ShuttingDown => Reason::ShuttingDown,
+            Self::DeadlineExceeded => Reason::DeadlineExceeded,
+            Self::Internal => Reason::Internal,
         }
     }
 
-    /// How long a caller should wait before it tries again, if it should.
+    /// The message of each failure, for a person.
+    fn message(&self) -> String {
+        let text = match self {
+            Self::Invalid(violations) | Self::Conflicts(violations) => return message(violations),
+            Self::UsernameTaken { field } => return format!("{field}: another user has this username"),
+            Self::RevisionMismatch { current } => {
+                return format!("the user has changed: its revision is {current}");
+            }
+            Self::TooManyStreams { what, limit } => {
+                return format!("the limit of {limit} {what} is reached; nothing was started");
+            }
+            Self::UserIdTaken => "user.id: another user has this id",
+            Self::UserNotFound { .. } => "there is no such user",
+            Self::UserDeleted => "the user is deleted",
+            Self::UserNotDeleted => "the user is not deleted",
+            Self::UsernameReleased => "the user's username was released: give it one in `username`",
+            Self::EmailAmbiguous => "several users have this e-mail address: use LookupUsers or ListUsers",
+            Self::TransactionConflict | Self::LockTimeout => {
+                "a concurrent transaction was in the way; nothing was changed"
+            }
+            Self::Overloaded => "too many requests are queued; nothing was started",
+            Self::ResumeTokenExpired => {
+                "resume_token: changes after it are no longer in the change log: start again with \
+                 send_initial_state"
+            }
+            Self::ResumeTokenForeign => {
+                "resume_token: it belongs to another database, or to one that was restored since: start \
+                 again with send_initial_state"
+            }
+            Self::DatabaseUnavailable => "the database cannot be reached; nothing was changed",
+            Self::OutcomeUnknown => "the connection to the database broke: retry with the same request_id",
+            Self::ShuttingDown => "the server is shutting down; reconnect to another replica",
+            Self::DeadlineExceeded => "the deadline has passed",
+            Self::Internal => "internal error",
+        };
+        text.to_owned()
+    }
+
+    /// How long a caller should wait before it retries, if it should.
     fn retry_delay(&self) -> Option<Duration> {
         match self {
-            Self::TransactionConflict => Some(Duration::from_millis(50)),
+            Self::TransactionConflict | Self::LockTimeout => Some(Duration::from_millis(50)),
             Self::Overloaded => Some(Duration::from_millis(500)),
             Self::TooManyStreams { .. } | Self::DatabaseUnavailable | Self::OutcomeUnknown => {
                 Some(Duration::from_secs(1))
@@ -304,31 +274,76 @@ impl Error {
             _ => None,
         }
     }
+
+    /// The fields to name in a `google.rpc.BadRequest`, as far as they fit into `room` bytes.
+    fn field_violations(&self, room: usize) -> Vec<FieldViolation> {
+        let one = |field: &str, description: &str| vec![violation(field, self.reason(), description)];
+        match self {
+            Self::Invalid(violations) | Self::Conflicts(violations) => fitting(violations, room),
+            Self::UsernameTaken { field } => one(field, "another user has this username"),
+            Self::UserIdTaken => one("user.id", "another user has this id"),
+            Self::ResumeTokenExpired | Self::ResumeTokenForeign => {
+                one("resume_token", "start again with send_initial_state")
+            }
+            _ => Vec::new(),
+        }
+    }
 }
 
-/// Whether PostgreSQL's answer means that this connection is at its end: classes
-/// 08 (connection exception) and 57P (operator intervention), of which only
-/// `query_canceled`, 57014, leaves it usable.
+/// The gRPC code of each reason. `UNAVAILABLE` and `ABORTED` are what stock clients retry,
+/// so only failures that an unchanged request can survive have them.
+fn code_of(reason: Reason) -> Code {
+    match reason {
+        Reason::FieldRequired
+        | Reason::FieldInvalid
+        | Reason::UsernameInvalid
+        | Reason::EmailInvalid
+        | Reason::UpdateMaskInvalid
+        | Reason::PageTokenInvalid
+        | Reason::FilterUnsupported
+        | Reason::BatchTooLarge
+        | Reason::RequestIdReused
+        | Reason::ResumeTokenInvalid => Code::InvalidArgument,
+        Reason::ResumeTokenExpired => Code::OutOfRange,
+        Reason::ResumeTokenForeign
+        | Reason::UserDeleted
+        | Reason::UserNotDeleted
+        | Reason::UsernameReleased
+        | Reason::EmailAmbiguous
+        | Reason::RevisionMismatch => Code::FailedPrecondition,
+        Reason::UserNotFound => Code::NotFound,
+        Reason::UserIdTaken | Reason::UsernameTaken => Code::AlreadyExists,
+        Reason::TransactionConflict => Code::Aborted,
+        Reason::Overloaded | Reason::DatabaseUnavailable | Reason::OutcomeUnknown | Reason::ShuttingDown => {
+            Code::Unavailable
+        }
+        Reason::DeadlineExceeded => Code::DeadlineExceeded,
+        Reason::Internal | Reason::Unspecified => Code::Internal,
+    }
+}
+
+/// Whether PostgreSQL's answer ends this connection: classes 08 (connection exception) and
+/// 57P (operator intervention). `query_canceled`, 57014, leaves it usable.
 pub fn is_connection_lost(state: &SqlState) -> bool {
     state.code().starts_with("08") || state.code().starts_with("57P")
 }
 
-/// The kinds of conflicts, the one that is hardest to cure first. So ABORTED says of
-/// all of them that it is enough to read the users again.
-const CONFLICTS: [(Code, &str); 5] = [
-    (Code::NotFound, reason::USER_NOT_FOUND),
-    (Code::FailedPrecondition, reason::USER_DELETED),
-    (Code::AlreadyExists, reason::USER_ID_TAKEN),
-    (Code::AlreadyExists, reason::USERNAME_TAKEN),
-    (Code::Aborted, reason::REVISION_MISMATCH),
+/// The reasons of conflicts, in the order in which one becomes that of the whole batch: the
+/// hardest to cure first. So `REVISION_MISMATCH` means that reading the users again is enough.
+const CONFLICTS: [Reason; 5] = [
+    Reason::UserNotFound,
+    Reason::UserDeleted,
+    Reason::UserIdTaken,
+    Reason::UsernameTaken,
+    Reason::RevisionMismatch,
 ];
 
-fn hardest(violations: &[Violation]) -> (Code, &'static str) {
-    let is_there = |kind: &&(Code, &str)| violations.iter().any(|v| v.reason == kind.1);
-    CONFLICTS.iter().find(is_there).copied().unwrap_or((Code::Internal, "INTERNAL"))
+fn first_conflict(violations: &[Violation]) -> Reason {
+    let is_there = |reason: &&Reason| violations.iter().any(|v| v.reason == **reason);
+    CONFLICTS.iter().find(is_there).copied().unwrap_or(Reason::Internal)
 }
 
-/// Violations that a message names; it is for people.
+/// How many violations a message names; it is for people.
 const MESSAGE_VIOLATIONS: usize = 5;
 
 fn message(violations: &[Violation]) -> String {
@@ -341,29 +356,27 @@ fn message(violations: &[Violation]) -> String {
     list.join("; ")
 }
 
-/// Octets that violations and indexes may take. They travel in the answer's
-/// headers, of which many clients accept no more than 8 KiB, encoded in base64 and
-/// with the message twice: a client that gets more sees no refusal, only a broken
-/// stream.
-const REFUSAL_MAX_OCTETS: usize = 4800;
+/// How many bytes violations and indexes may take. They travel in the response's headers, of
+/// which many clients accept no more than 8 KiB, encoded in base64 and with the message
+/// twice: a client that gets more sees no error, only a broken stream.
+const DETAILS_MAX_BYTES: usize = 4800;
 
-/// As many violations as there is room for.
-fn field_violations(violations: &[Violation], mut room: usize) -> Vec<FieldViolation> {
+/// As many violations as fit into `room` bytes.
+fn fitting(violations: &[Violation], mut room: usize) -> Vec<FieldViolation> {
     let mut fitting = Vec::new();
     for v in violations {
         let out = violation(&v.path(), v.reason, &v.description);
         // Tags and lengths of the message and its three fields.
-        let octets = out.field.len() + out.reason.len() + out.description.len() + 8;
-        let Some(left) = room.checked_sub(octets) else { break };
+        let bytes = out.field.len() + out.reason.len() + out.description.len() + 8;
+        let Some(left) = room.checked_sub(bytes) else { break };
         room = left;
         fitting.push(out);
     }
     fitting
 }
 
-/// The indexes of all elements that were refused, under the name of their list:
-/// `3,17,20-25`.
-fn refused_elements(violations: &[Violation]) -> Option<(String, String)> {
+/// The indexes of all rejected elements, under the name of their list: `3,17,20-25`.
+fn rejected_elements(violations: &[Violation]) -> Option<(String, String)> {
     let elements = || violations.iter().filter_map(|v| v.element);
     let list = elements().next()?.list.to_owned();
     let mut ranges: Vec<(usize, usize)> = Vec::new();
@@ -382,52 +395,36 @@ fn refused_elements(violations: &[Violation]) -> Option<(String, String)> {
 
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
-        let (code, reason, message) = error.parts();
+        let reason = error.reason();
         let metadata: HashMap<String, String> = match &error {
             Error::RevisionMismatch { current } => [("current_revision".into(), current.to_string())].into(),
             Error::Invalid(violations) | Error::Conflicts(violations) => {
-                refused_elements(violations).into_iter().collect()
+                rejected_elements(violations).into_iter().collect()
             }
             _ => HashMap::new(),
         };
-        let room = REFUSAL_MAX_OCTETS.saturating_sub(metadata.values().map(String::len).sum());
-        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
+        let room = DETAILS_MAX_BYTES.saturating_sub(metadata.values().map(String::len).sum());
+        let mut details = ErrorDetails::with_error_info(reason.as_str_name(), DOMAIN, metadata);
+        let violations = error.field_violations(room);
+        if !violations.is_empty() {
+            details.set_bad_request(violations);
+        }
+        let mut trailers = MetadataMap::new();
         if let Some(delay) = error.retry_delay() {
             details.set_retry_info(Some(delay));
+            trailers.insert(RETRY_PUSHBACK, u64::try_from(delay.as_millis()).unwrap_or(u64::MAX).into());
         }
-        match error {
-            Error::Invalid(violations) | Error::Conflicts(violations) => {
-                details.set_bad_request(field_violations(&violations, room));
-            }
-            Error::UsernameTaken { field } => {
-                details.set_bad_request([violation(field, reason, "another user has this username")]);
-            }
-            Error::UserIdTaken => {
-                details.set_bad_request([violation(
-                    "user.id",
-                    reason,
-                    "there is a user with this id already",
-                )]);
-            }
-            Error::ResumeTokenExpired | Error::ResumeTokenForeign => {
-                details.set_bad_request([violation(
-                    "resume_token",
-                    reason,
-                    "begin anew with send_initial_state",
-                )]);
-            }
-            Error::UserNotFound { name } => {
-                details.set_resource_info("users.v1.User", name, "", "there is no such user");
-            }
-            _ => {}
+        let message = error.message();
+        if let Error::UserNotFound { name } = error {
+            details.set_resource_info("users.v1.User", name, "", &message);
         }
-        Self::with_error_details(code, message, details)
+        Self::with_error_details_and_metadata(code_of(reason), message, details, trailers)
     }
 }
 
-fn violation(field: &str, reason: &str, description: &str) -> FieldViolation {
+fn violation(field: &str, reason: Reason, description: &str) -> FieldViolation {
     let mut out = FieldViolation::new(field, description);
-    reason.clone_into(&mut out.reason);
+    reason.as_str_name().clone_into(&mut out.reason);
     out
 }
 
@@ -439,33 +436,33 @@ mod tests {
         let violation = |index| Violation {
             element: Some(Element { list: "items", index }),
             field: "user.display_name".into(),
-            reason: reason::REVISION_MISMATCH,
+            reason: Reason::RevisionMismatch,
             description: "may have letters, digits, `.`, `_` and `-` only, or so".into(),
         };
         indexes.map(violation).collect()
     }
 
     #[test]
-    fn every_refused_element_is_named() {
-        let named = |indexes: &[usize]| refused_elements(&items(indexes.iter().copied())).unwrap().1;
+    fn every_rejected_element_is_named() {
+        let named = |indexes: &[usize]| rejected_elements(&items(indexes.iter().copied())).unwrap().1;
         assert_eq!(named(&[0]), "0");
         assert_eq!(named(&[9, 3, 4, 5, 3, 7]), "3-5,7,9");
-        assert_eq!(refused_elements(&items(0..1000)), Some(("items".into(), "0-999".into())));
+        assert_eq!(rejected_elements(&items(0..1000)), Some(("items".into(), "0-999".into())));
         let elsewhere = items(0..1).into_iter().map(|violation| Violation { element: None, ..violation });
-        assert_eq!(refused_elements(&elsewhere.collect::<Vec<_>>()), None);
+        assert_eq!(rejected_elements(&elsewhere.collect::<Vec<_>>()), None);
     }
 
     #[test]
-    fn no_refusal_is_larger_than_what_clients_accept() {
+    fn no_error_is_larger_than_what_clients_accept() {
         // All items, every second one, and as many as are often refused.
         for indexes in [(0..1000).step_by(1), (1..1000).step_by(2), (900..937).step_by(1)] {
             let violations = items(indexes);
             let status = Status::from(Error::Conflicts(violations.clone()));
             let headers = status.clone().into_http::<()>().into_parts().0.headers;
-            let octets: usize =
+            let bytes: usize =
                 headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
             // What HTTP adds: the status and the date.
-            assert!(octets < 8192 - 150, "{octets}");
+            assert!(bytes < 8192 - 150, "{bytes}");
             let details = status.get_error_details();
             let named = details.bad_request().unwrap().field_violations.len();
             assert!(named == violations.len() || named > 20, "{named}");

@@ -1,250 +1,298 @@
-//! Calls that arrive while a statement is under way share the next one.
+//! Requests that arrive while a statement is running share the next one.
 //!
-//! A *lane* is the right to run a statement. A call that finds a free lane takes
-//! it and runs alone, where it is, at once: an idle service waits for nobody.
-//! A call that finds all lanes taken waits in line. When a lane comes back while
-//! calls wait, everything that waits, up to a bound, is run as one statement. So
-//! groups form only because calls wait anyway: the busier, the larger. Nothing is
-//! ever delayed in order to gather.
+//! A *slot* is the right to run a statement. A request that finds a free slot takes it and
+//! runs at once, in its own task: an idle service never waits. A request that finds all slots
+//! taken is queued. When a slot is released while requests are queued, they are run together
+//! as one statement, up to a limit. So batches form only because requests wait anyway: the
+//! busier the service, the larger the batches. No request is delayed to fill a batch.
 //!
-//! The statement of a group does what is plain. A call that it leaves out, for
-//! whatever reason (a conflict, a retry, a wrong revision), is run alone by its own
-//! caller, as if there were no groups. So is every member of a group whose statement
-//! failed and so did nothing. Thus the answer to a call is always one that it could
-//! have got alone; but a change whose outcome is not known, or that takes too long, is all
-//! members' loss.
+//! A statement never waits for a locked row: a request that needs one leaves its batch, waits
+//! for the row in a statement of its own, and holds a *contended slot* meanwhile. A lock that
+//! cannot be skipped, a username that another transaction is inserting, makes the statement
+//! fail; the batch is then run again in halves, until the request that waits is alone.
+//!
+//! If the outcome of a shared statement is unknown, or it exceeds the time limit, all its
+//! requests fail.
 
 use std::{
     collections::{HashSet, VecDeque},
     future::Future,
-    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use tokio::{sync::oneshot, time};
+use tokio::{
+    sync::{Semaphore, oneshot},
+    time,
+};
 use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
+use crate::store::users::{Locking, Outcome};
 
-/// How long a call that runs alone keeps its lane. One that waits for a row that
-/// somebody has locked goes on without it, and is in nobody's way.
-const LANE_TIME: Duration = Duration::from_millis(100);
+/// Statements that may wait for locks at the same time, for each operation. A locked row can
+/// keep no more of the pool's connections busy.
+const MAX_CONTENDED: usize = 2;
 
-/// What calls are gathered for.
-pub trait Work: Send + Sync + 'static {
-    /// What is asked.
-    type Call: Send + Sync + 'static;
-    /// What is answered.
-    type Answer: Send + 'static;
+/// An operation whose requests can share a statement.
+pub trait Operation: Send + Sync + 'static {
+    /// A request.
+    type Request: Send + Sync + 'static;
+    /// Its response.
+    type Response: Send + 'static;
 
-    /// Whom a call can share a statement with.
-    fn sharing(call: &Self::Call) -> Sharing;
+    /// Which requests may run in the same statement.
+    fn batch_policy(request: &Self::Request) -> BatchPolicy;
 
-    /// Runs one call.
-    fn alone(&self, call: &Self::Call) -> impl Future<Output = Result<Self::Answer, Error>> + Send;
-
-    /// Runs several calls as one statement, and answers in their order. `None` is
-    /// for a call that the statement has left out, without a trace.
-    fn together(&self, calls: &[Self::Call]) -> impl Future<Output = Result<Answers<Self>, Error>> + Send;
+    /// Runs requests as one statement; the outcomes are in their order.
+    fn run_batch(
+        &self,
+        requests: &[Self::Request],
+        locking: Locking,
+    ) -> impl Future<Output = Result<Vec<Outcome<Self::Response>>, Error>> + Send;
 }
 
-/// The answers to a group's calls, in their order.
-pub type Answers<W> = Vec<Option<Result<<W as Work>::Answer, Error>>>;
-
-/// Whom a call can share a statement with.
+/// Which queued requests may run in the same statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sharing {
-    /// With all.
-    All,
-    /// With those that have another key.
-    Others(u128),
-    /// With nobody; it does not wait for a lane either.
-    Nobody,
+pub enum BatchPolicy {
+    /// All.
+    Any,
+    /// Requests that share none of these keys.
+    UniqueKeys([Option<u128>; 3]),
+    /// None.
+    Alone,
 }
 
-/// The bounds of a group.
+/// The limits of a coalescer.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Statements under way at once. As many as there are calls means that none
-    /// ever waits: no grouping.
-    pub lanes: usize,
-    /// Calls in one statement, at most.
-    pub size: usize,
-    /// Calls that may wait; more are refused.
-    pub waiting: usize,
+    /// Statements that run at the same time.
+    pub max_in_flight: usize,
+    /// Requests in one statement; 1 switches coalescing off.
+    pub max_batch: usize,
+    /// Queued requests; more are rejected.
+    pub max_queued: usize,
     /// How long a statement may take.
     pub timeout: Duration,
+    /// How long a request may wait for a contended slot.
+    pub lock_timeout: Duration,
 }
 
-/// The lanes of one kind of work, and the calls that wait for them.
-pub struct Group<W: Work> {
-    work: W,
+/// The slots of an operation, and the requests that wait for them.
+pub struct Coalescer<O: Operation> {
+    operation: O,
     limits: Limits,
     tasks: TaskTracker,
-    line: Mutex<Line<W>>,
+    queue: Mutex<Queue<O>>,
+    contended: Semaphore,
 }
 
-struct Line<W: Work> {
-    lanes_taken: usize,
-    waiting: VecDeque<Waiting<W>>,
+struct Queue<O: Operation> {
+    slots_taken: usize,
+    requests: VecDeque<QueuedRequest<O>>,
 }
 
-/// A call that waits, and the way to its caller.
-struct Waiting<W: Work> {
-    call: W::Call,
-    caller: oneshot::Sender<Turn<W>>,
+struct QueuedRequest<O: Operation> {
+    request: O::Request,
+    caller: Caller<O>,
 }
 
-/// What a caller does next.
-enum Turn<W: Work> {
-    /// Run the call alone, with a lane or without.
-    Run(W::Call, Option<Lane<W>>),
-    /// Return the answer.
-    Return(Result<W::Answer, Error>),
+type Caller<O> = oneshot::Sender<NextStep<O>>;
+
+/// What the task of a request does next.
+enum NextStep<O: Operation> {
+    /// Run it, with this slot.
+    Run(O::Request, Slot<O>),
+    /// Run it and wait for locks, with a contended slot.
+    Wait(O::Request),
+    /// Return the response.
+    Return(Result<O::Response, Error>),
 }
 
-/// A lane that is taken. However it comes back (the statement is done, the caller
-/// has gone, something panicked), it is passed on to those who wait.
-struct Lane<W: Work>(Arc<Group<W>>);
+/// What a new request finds.
+enum Admission<O: Operation> {
+    Slot(O::Request, Slot<O>),
+    Queued(oneshot::Receiver<NextStep<O>>),
+}
 
-impl<W: Work> Group<W> {
-    /// Lanes for this work. Their tasks end when all callers have gone.
-    pub fn new(work: W, limits: Limits, tasks: TaskTracker) -> Arc<Self> {
-        let line = Mutex::new(Line { lanes_taken: 0, waiting: VecDeque::new() });
-        Arc::new(Self { work, limits, tasks, line })
+/// A slot that is taken. However it is released (the statement ends, the caller leaves, a
+/// panic), it goes to the queued requests.
+struct Slot<O: Operation>(Arc<Coalescer<O>>);
+
+impl<O: Operation> Coalescer<O> {
+    /// A coalescer. Its tasks are tracked by `tasks`.
+    pub fn new(operation: O, limits: Limits, tasks: TaskTracker) -> Arc<Self> {
+        let queue = Mutex::new(Queue { slots_taken: 0, requests: VecDeque::new() });
+        let contended = Semaphore::new(MAX_CONTENDED);
+        Arc::new(Self { operation, limits, tasks, queue, contended })
     }
 
-    /// Runs a call, alone or together with others.
-    pub async fn run(self: &Arc<Self>, call: W::Call) -> Result<W::Answer, Error> {
-        let turn = match self.enter(call)? {
-            Entered::Turn(turn) => turn,
-            // A lane that panics answers nobody.
-            Entered::Line(turn) => turn.await.map_err(|_| Error::Internal)?,
+    /// Runs a request, alone or in a batch.
+    pub async fn run(self: &Arc<Self>, request: O::Request) -> Result<O::Response, Error> {
+        let step = match self.admit(request)? {
+            Admission::Slot(request, slot) => NextStep::Run(request, slot),
+            // A statement that panics responds to no request.
+            Admission::Queued(step) => step.await.map_err(|_| Error::Internal)?,
         };
-        match turn {
-            Turn::Return(answer) => answer,
-            // In a box, because it is large, and a call that waits should not be.
-            Turn::Run(call, lane) => Box::pin(self.run_alone(&call, lane)).await,
+        match step {
+            NextStep::Return(response) => response,
+            // Boxed, because a queued request should not be as large as a running one.
+            NextStep::Run(request, slot) => Box::pin(self.run_one(request, slot)).await,
+            NextStep::Wait(request) => Box::pin(self.run_contended(request)).await,
         }
     }
 
-    async fn run_alone(&self, call: &W::Call, lane: Option<Lane<W>>) -> Result<W::Answer, Error> {
-        let mut answer = pin!(self.work.alone(call));
-        if let Some(lane) = lane {
-            if let Ok(answer) = time::timeout(LANE_TIME, answer.as_mut()).await {
-                return answer;
+    async fn run_one(&self, request: O::Request, slot: Slot<O>) -> Result<O::Response, Error> {
+        let requests = [request];
+        let outcome = first(self.operation.run_batch(&requests, Locking::Skip).await);
+        drop(slot);
+        match outcome {
+            Ok(Outcome::Done(response)) => Ok(response),
+            Ok(Outcome::Rejected(error)) => Err(error),
+            Ok(Outcome::Locked) | Err(Error::LockTimeout) => {
+                let [request] = requests;
+                self.run_contended(request).await
             }
-            drop(lane);
+            Err(error) => Err(error),
         }
-        answer.await
     }
 
-    fn enter(self: &Arc<Self>, call: W::Call) -> Result<Entered<W>, Error> {
-        if W::sharing(&call) == Sharing::Nobody {
-            return Ok(Entered::Turn(Turn::Run(call, None)));
+    async fn run_contended(&self, request: O::Request) -> Result<O::Response, Error> {
+        let permit = time::timeout(self.limits.lock_timeout, self.contended.acquire()).await;
+        let _permit = permit.map_err(|_| Error::LockTimeout)?;
+        match first(self.operation.run_batch(&[request], Locking::Wait).await)? {
+            Outcome::Done(response) => Ok(response),
+            Outcome::Rejected(error) => Err(error),
+            Outcome::Locked => Err(Error::TransactionConflict),
         }
-        let mut line = self.line();
-        if line.lanes_taken < self.limits.lanes {
-            line.lanes_taken += 1;
-            return Ok(Entered::Turn(Turn::Run(call, Some(Lane(Arc::clone(self))))));
+    }
+
+    fn admit(self: &Arc<Self>, request: O::Request) -> Result<Admission<O>, Error> {
+        let mut queue = self.queue();
+        if queue.slots_taken < self.limits.max_in_flight {
+            queue.slots_taken += 1;
+            return Ok(Admission::Slot(request, Slot(Arc::clone(self))));
         }
-        if line.waiting.len() >= self.limits.waiting {
+        if queue.requests.len() >= self.limits.max_queued {
             return Err(Error::Overloaded);
         }
-        let (caller, turn) = oneshot::channel();
-        line.waiting.push_back(Waiting { call, caller });
-        Ok(Entered::Line(turn))
+        let (caller, step) = oneshot::channel();
+        queue.requests.push_back(QueuedRequest { request, caller });
+        Ok(Admission::Queued(step))
     }
 
-    /// Takes the calls to run together next. Callers that gave up are forgotten; a
-    /// call that cannot share with those taken keeps its place.
-    fn take(&self) -> (Vec<W::Call>, Vec<oneshot::Sender<Turn<W>>>) {
-        let mut line = self.line();
-        let (mut calls, mut callers, mut keys, mut stay) =
-            (Vec::new(), Vec::new(), HashSet::new(), Vec::new());
-        while calls.len() < self.limits.size {
-            let Some(waiting) = line.waiting.pop_front() else { break };
-            if waiting.caller.is_closed() {
+    /// Takes the requests to run together next. A request whose caller has left is dropped; one
+    /// that may not join the batch keeps its position in the queue.
+    fn next_batch(&self) -> (Vec<O::Request>, Vec<Caller<O>>) {
+        let mut queue = self.queue();
+        let (mut requests, mut callers) = (Vec::new(), Vec::new());
+        let (mut keys, mut skipped) = (HashSet::new(), Vec::new());
+        while requests.len() < self.limits.max_batch {
+            let Some(next) = queue.requests.pop_front() else { break };
+            if next.caller.is_closed() {
                 continue;
             }
-            match W::sharing(&waiting.call) {
-                Sharing::Others(key) if !keys.insert(key) => stay.push(waiting),
-                _ => {
-                    calls.push(waiting.call);
-                    callers.push(waiting.caller);
-                }
+            let policy = O::batch_policy(&next.request);
+            let may_join = match policy {
+                BatchPolicy::Any => true,
+                BatchPolicy::Alone => requests.is_empty(),
+                BatchPolicy::UniqueKeys(own) => !own.iter().flatten().any(|key| keys.contains(key)),
+            };
+            if !may_join {
+                skipped.push(next);
+                continue;
+            }
+            if let BatchPolicy::UniqueKeys(own) = policy {
+                keys.extend(own.into_iter().flatten());
+            }
+            requests.push(next.request);
+            callers.push(next.caller);
+            if policy == BatchPolicy::Alone {
+                break;
             }
         }
-        for waiting in stay.into_iter().rev() {
-            line.waiting.push_front(waiting);
+        for request in skipped.into_iter().rev() {
+            queue.requests.push_front(request);
         }
-        (calls, callers)
+        (requests, callers)
     }
 
-    fn line(&self) -> MutexGuard<'_, Line<W>> {
-        // What it guards is whole at every step, whoever panics.
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    fn queue(&self) -> MutexGuard<'_, Queue<O>> {
+        // The queue is consistent at every step, so a panic leaves it usable.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What a call finds.
-enum Entered<W: Work> {
-    Turn(Turn<W>),
-    Line(oneshot::Receiver<Turn<W>>),
-}
-
-impl<W: Work> Drop for Lane<W> {
+impl<O: Operation> Drop for Slot<O> {
     fn drop(&mut self) {
-        let mut line = self.0.line();
-        if line.waiting.is_empty() {
-            line.lanes_taken -= 1;
+        let mut queue = self.0.queue();
+        if queue.requests.is_empty() {
+            queue.slots_taken -= 1;
         } else {
-            self.0.tasks.spawn(run_next(Lane(Arc::clone(&self.0))));
+            self.0.tasks.spawn(run_next(Slot(Arc::clone(&self.0))));
         }
     }
 }
 
-/// Runs the calls that wait as one statement, and answers their callers.
-async fn run_next<W: Work>(lane: Lane<W>) {
-    let group = Arc::clone(&lane.0);
-    let (mut calls, mut callers) = group.take();
-    if calls.len() < 2 {
-        if let (Some(call), Some(caller)) = (calls.pop(), callers.pop()) {
-            // If the caller has gone, the lane comes back with the call.
-            drop(caller.send(Turn::Run(call, Some(lane))));
+/// Runs queued requests as one statement, and passes the outcomes to their callers.
+async fn run_next<O: Operation>(slot: Slot<O>) {
+    let coalescer = Arc::clone(&slot.0);
+    let (mut requests, mut callers) = coalescer.next_batch();
+    if requests.len() < 2 {
+        if let (Some(request), Some(caller)) = (requests.pop(), callers.pop()) {
+            // If the caller has left, the slot is released with the message.
+            drop(caller.send(NextStep::Run(request, slot)));
         }
         return;
     }
-    let answers = run_together(&group, &calls, &mut callers).await;
-    for ((call, caller), answer) in calls.into_iter().zip(callers).zip(answers) {
-        drop(caller.send(answer.map_or(Turn::Run(call, None), Turn::Return)));
+    let mut batches = vec![(requests, callers)];
+    while let Some((mut requests, mut callers)) = batches.pop() {
+        let outcomes = run_while_awaited(&coalescer, &requests, &mut callers).await;
+        let outcomes = match outcomes {
+            // Nothing was done. One request is the reason.
+            Err(Error::LockTimeout | Error::TransactionConflict) if requests.len() > 1 => {
+                let half = requests.len() / 2;
+                let second = (requests.split_off(half), callers.split_off(half));
+                batches.extend([second, (requests, callers)]);
+                continue;
+            }
+            Err(Error::LockTimeout) => vec![Outcome::Locked],
+            Err(error) => callers.iter().map(|_| Outcome::Rejected(error.clone())).collect(),
+            Ok(outcomes) => outcomes,
+        };
+        for ((request, caller), outcome) in requests.into_iter().zip(callers).zip(outcomes) {
+            let step = match outcome {
+                Outcome::Done(response) => NextStep::Return(Ok(response)),
+                Outcome::Rejected(error) => NextStep::Return(Err(error)),
+                Outcome::Locked => NextStep::Wait(request),
+            };
+            drop(caller.send(step));
+        }
     }
 }
 
-/// Runs a statement for as long as any of its callers waits.
-async fn run_together<W: Work>(
-    group: &Group<W>,
-    calls: &[W::Call],
-    callers: &mut [oneshot::Sender<Turn<W>>],
-) -> Answers<W> {
-    let all_have_gone = async {
+/// Runs a statement for as long as any of its callers waits for it.
+async fn run_while_awaited<O: Operation>(
+    coalescer: &Coalescer<O>,
+    requests: &[O::Request],
+    callers: &mut [Caller<O>],
+) -> Result<Vec<Outcome<O::Response>>, Error> {
+    let all_have_left = async {
         for caller in callers {
             caller.closed().await;
         }
     };
-    let ran = tokio::select! {
-        ran = time::timeout(group.limits.timeout, group.work.together(calls)) => ran,
-        () = all_have_gone => Ok(Err(Error::DeadlineExceeded)),
+    let statement = coalescer.operation.run_batch(requests, Locking::Skip);
+    let ended = tokio::select! {
+        ended = time::timeout(coalescer.limits.timeout, statement) => ended,
+        () = all_have_left => return Err(Error::DeadlineExceeded),
     };
-    let failure = match ran.unwrap_or(Err(Error::DeadlineExceeded)) {
-        Ok(answers) => return answers,
-        // It may have done its work, or there is no time to do it again.
-        Err(error @ (Error::OutcomeUnknown | Error::DeadlineExceeded | Error::Overloaded)) => Some(error),
-        // It has done nothing. One call may be the reason, so each goes its own way.
-        Err(_) => None,
-    };
-    calls.iter().map(|_| failure.clone().map(Err)).collect()
+    ended.unwrap_or(Err(Error::DeadlineExceeded))
+}
+
+/// The outcome of a batch of one.
+fn first<R>(outcomes: Result<Vec<Outcome<R>>, Error>) -> Result<Outcome<R>, Error> {
+    outcomes?.into_iter().next().ok_or(Error::Internal)
 }
 
 #[cfg(test)]
@@ -253,174 +301,182 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use futures_util::future::join_all;
-    use tokio::sync::Semaphore;
 
     use super::*;
 
-    /// Work on numbers that waits until it may go on, and panics at 13.
+    /// Numbers that are returned once `go` permits it. 13 panics, 9 is a locked row, 7 is a
+    /// username that another transaction is inserting.
     struct Numbers {
         go: Semaphore,
         statements: AtomicUsize,
         failure: Option<Error>,
     }
 
-    impl Work for Numbers {
-        type Call = u128;
-        type Answer = u128;
+    impl Operation for Numbers {
+        type Request = u128;
+        type Response = u128;
 
-        fn sharing(call: &u128) -> Sharing {
-            match call {
-                0..100 => Sharing::All,
-                100..200 => Sharing::Others(call % 10),
-                _ => Sharing::Nobody,
+        fn batch_policy(request: &u128) -> BatchPolicy {
+            match request {
+                0..100 => BatchPolicy::Any,
+                100..200 => BatchPolicy::UniqueKeys([None, Some(request % 10), None]),
+                _ => BatchPolicy::Alone,
             }
         }
 
-        async fn alone(&self, call: &u128) -> Result<u128, Error> {
+        async fn run_batch(&self, requests: &[u128], locking: Locking) -> Result<Vec<Outcome<u128>>, Error> {
             self.statements.fetch_add(1, Ordering::Relaxed);
             self.go.acquire().await.unwrap().forget();
-            Ok(*call)
-        }
-
-        async fn together(&self, calls: &[u128]) -> Result<Answers<Self>, Error> {
-            self.statements.fetch_add(1, Ordering::Relaxed);
-            self.go.acquire().await.unwrap().forget();
-            let keys: HashSet<_> = calls.iter().filter(|call| **call >= 100).map(|call| call % 10).collect();
-            assert_eq!(keys.len(), calls.iter().filter(|call| **call >= 100).count());
-            assert!(!calls.contains(&13));
-            match &self.failure {
-                Some(error) => Err(error.clone()),
-                // The odd ones are left out.
-                None => Ok(calls.iter().map(|call| (call % 2 == 0).then_some(Ok(*call))).collect()),
+            let keys: HashSet<_> =
+                requests.iter().filter(|n| (100..200).contains(*n)).map(|n| n % 10).collect();
+            assert_eq!(keys.len(), requests.iter().filter(|n| (100..200).contains(*n)).count());
+            assert!(!requests.contains(&13));
+            if locking == Locking::Skip && requests.contains(&7) {
+                return Err(Error::LockTimeout);
             }
+            if let Some(error) = self.failure.clone().filter(|_| requests.len() > 1) {
+                return Err(error);
+            }
+            let outcome = |n: &u128| match n {
+                9 if locking == Locking::Skip => Outcome::Locked,
+                n => Outcome::Done(*n),
+            };
+            Ok(requests.iter().map(outcome).collect())
         }
     }
 
-    fn group(lanes: usize, failure: Option<Error>) -> Arc<Group<Numbers>> {
-        let limits = Limits { lanes, size: 8, waiting: 100, timeout: Duration::from_secs(3600) };
-        let work = Numbers { go: Semaphore::new(0), statements: AtomicUsize::new(0), failure };
-        Group::new(work, limits, TaskTracker::new())
+    fn coalescer(max_batch: usize, failure: Option<Error>) -> Arc<Coalescer<Numbers>> {
+        let limits = Limits {
+            max_in_flight: 1,
+            max_batch,
+            max_queued: 100,
+            timeout: Duration::from_secs(3600),
+            lock_timeout: Duration::from_secs(3600),
+        };
+        let numbers = Numbers { go: Semaphore::new(0), statements: AtomicUsize::new(0), failure };
+        Coalescer::new(numbers, limits, TaskTracker::new())
     }
 
-    /// Makes the calls at once, in this order, and lets them go on when all wait.
+    /// Sends requests at once, in this order, and lets them go on when all are admitted.
     async fn run(
-        group: &Arc<Group<Numbers>>,
-        calls: impl IntoIterator<Item = u128>,
+        coalescer: &Arc<Coalescer<Numbers>>,
+        requests: impl IntoIterator<Item = u128>,
     ) -> Vec<Result<u128, Error>> {
-        let calls: Vec<_> = calls
+        let requests: Vec<_> = requests
             .into_iter()
-            .map(|call| {
-                tokio::spawn({
-                    let group = Arc::clone(group);
-                    async move { group.run(call).await }
-                })
+            .map(|request| {
+                let coalescer = Arc::clone(coalescer);
+                tokio::spawn(async move { coalescer.run(request).await })
             })
             .collect();
         tokio::task::yield_now().await;
-        group.work.go.add_permits(1000);
-        let answers = join_all(calls).await.into_iter().map(Result::unwrap).collect();
-        group.tasks.close();
-        group.tasks.wait().await;
-        let line = group.line();
-        assert_eq!((line.lanes_taken, line.waiting.len()), (0, 0));
-        drop(line);
-        answers
+        coalescer.operation.go.add_permits(1000);
+        let responses = join_all(requests).await.into_iter().map(Result::unwrap).collect();
+        coalescer.tasks.close();
+        coalescer.tasks.wait().await;
+        let queue = coalescer.queue();
+        assert_eq!((queue.slots_taken, queue.requests.len()), (0, 0));
+        drop(queue);
+        assert_eq!(coalescer.contended.available_permits(), MAX_CONTENDED);
+        responses
+    }
+
+    fn statements(coalescer: &Coalescer<Numbers>) -> usize {
+        coalescer.operation.statements.load(Ordering::Relaxed)
     }
 
     #[tokio::test]
-    async fn who_finds_a_lane_runs_alone_and_the_others_together() {
-        let group = group(1, None);
-        let answers = run(&group, [1, 2, 4, 6, 8]).await;
-        assert_eq!(answers, [Ok(1), Ok(2), Ok(4), Ok(6), Ok(8)]);
-        assert_eq!(group.work.statements.load(Ordering::Relaxed), 2);
+    async fn first_request_runs_alone_and_queued_requests_run_together() {
+        let coalescer = coalescer(8, None);
+        assert_eq!(run(&coalescer, [1, 2, 3, 4, 5]).await, [1, 2, 3, 4, 5].map(Ok));
+        assert_eq!(statements(&coalescer), 2);
     }
 
     #[tokio::test]
-    async fn what_a_statement_leaves_out_runs_alone() {
-        let group = group(1, None);
-        assert_eq!(run(&group, [1, 2, 3, 4, 5]).await, [Ok(1), Ok(2), Ok(3), Ok(4), Ok(5)]);
-        assert_eq!(group.work.statements.load(Ordering::Relaxed), 4);
+    async fn batches_of_one_switch_coalescing_off() {
+        let coalescer = coalescer(1, None);
+        assert_eq!(run(&coalescer, [1, 2, 3, 4, 5]).await, [1, 2, 3, 4, 5].map(Ok));
+        assert_eq!(statements(&coalescer), 5);
     }
 
     #[tokio::test]
-    async fn a_group_is_bounded_and_so_is_the_line() {
-        let group = group(1, None);
-        let answers = run(&group, (0..110).map(|n| n % 50 * 2)).await;
-        assert_eq!(answers.iter().filter(|answer| **answer == Err(Error::Overloaded)).count(), 9);
-        assert_eq!(group.work.statements.load(Ordering::Relaxed), 1 + 100_usize.div_ceil(8));
+    async fn batches_and_queue_are_bounded() {
+        let coalescer = coalescer(8, None);
+        let responses = run(&coalescer, (0..110).map(|n| 10 + n % 50 * 2)).await;
+        assert_eq!(responses.iter().filter(|response| **response == Err(Error::Overloaded)).count(), 9);
+        assert_eq!(statements(&coalescer), 1 + 100_usize.div_ceil(8));
     }
 
     #[tokio::test]
-    async fn calls_with_the_same_key_do_not_share_a_statement() {
-        let group = group(1, None);
-        let calls = [0, 100, 110, 102, 120, 112];
-        assert_eq!(run(&group, calls).await, calls.map(Ok));
+    async fn requests_with_a_common_key_do_not_share_a_statement() {
+        let coalescer = coalescer(8, None);
+        let requests = [0, 100, 110, 102, 120, 112];
+        assert_eq!(run(&coalescer, requests).await, requests.map(Ok));
         // 0 | 100, 102 | 110, 112 | 120
-        assert_eq!(group.work.statements.load(Ordering::Relaxed), 4);
+        assert_eq!(statements(&coalescer), 4);
     }
 
     #[tokio::test]
-    async fn who_shares_with_nobody_waits_for_nobody() {
-        let group = group(1, None);
-        assert_eq!(run(&group, [0, 200, 202]).await, [Ok(0), Ok(200), Ok(202)]);
-        assert_eq!(group.work.statements.load(Ordering::Relaxed), 3);
+    async fn lone_requests_share_no_statement() {
+        let coalescer = coalescer(8, None);
+        assert_eq!(run(&coalescer, [0, 1, 200, 2, 202]).await, [0, 1, 200, 2, 202].map(Ok));
+        // 0 | 1, 2 | 200 | 202
+        assert_eq!(statements(&coalescer), 4);
     }
 
     #[tokio::test]
-    async fn a_group_that_fails_runs_again_one_by_one_unless_it_may_have_done_its_work() {
-        let failed = group(1, Some(Error::TransactionConflict));
-        assert_eq!(run(&failed, [0, 2, 4]).await, [Ok(0), Ok(2), Ok(4)]);
-        let unknown = group(1, Some(Error::OutcomeUnknown));
-        assert_eq!(
-            run(&unknown, [0, 2, 4]).await,
-            [Ok(0), Err(Error::OutcomeUnknown), Err(Error::OutcomeUnknown)]
-        );
+    async fn request_for_a_locked_row_waits_outside_its_batch() {
+        let coalescer = coalescer(8, None);
+        assert_eq!(run(&coalescer, [9, 1, 9, 2, 3]).await, [9, 1, 9, 2, 3].map(Ok));
+        // 9 | 1, 9, 2, 3, and both 9 again with a contended slot.
+        assert_eq!(statements(&coalescer), 4);
     }
 
     #[tokio::test]
-    async fn a_panic_answers_everyone_it_took_and_passes_the_lane_on() {
-        let group = group(1, None);
-        let answers = run(&group, [0, 2, 13, 4, 4, 4, 4, 4, 4, 6, 8]).await;
-        assert_eq!(answers.first(), Some(&Ok(0)));
-        assert!(answers[1..9].iter().all(|answer| *answer == Err(Error::Internal)));
-        assert_eq!(answers[9..], [Ok(6), Ok(8)]);
+    async fn request_that_waits_for_a_username_is_found_by_halves() {
+        let coalescer = coalescer(8, None);
+        assert_eq!(run(&coalescer, [0, 1, 2, 3, 4, 5, 6, 7, 8]).await, [0, 1, 2, 3, 4, 5, 6, 7, 8].map(Ok));
+        // 0 | 1-8 | 1-4 | 5-8 | 5, 6 | 7, 8 | 7 | 8, and 7 again with a contended slot.
+        assert_eq!(statements(&coalescer), 9);
     }
 
     #[tokio::test]
-    async fn callers_that_gave_up_are_forgotten_and_a_statement_nobody_waits_for_ends() {
-        let group = group(1, None);
-        let spawn = |call| {
-            let group = Arc::clone(&group);
-            tokio::spawn(async move { group.run(call).await })
+    async fn unknown_outcome_fails_all_requests_of_the_batch() {
+        let coalescer = coalescer(8, Some(Error::OutcomeUnknown));
+        let unknown = Err(Error::OutcomeUnknown);
+        assert_eq!(run(&coalescer, [0, 2, 4]).await, [Ok(0), unknown.clone(), unknown]);
+    }
+
+    #[tokio::test]
+    async fn panic_fails_the_batch_and_releases_the_slot() {
+        let coalescer = coalescer(8, None);
+        let responses = run(&coalescer, [0, 2, 13, 4, 4, 4, 4, 4, 4, 6, 8]).await;
+        assert_eq!(responses.first(), Some(&Ok(0)));
+        assert!(responses[1..9].iter().all(|response| *response == Err(Error::Internal)));
+        assert_eq!(responses[9..], [Ok(6), Ok(8)]);
+    }
+
+    #[tokio::test]
+    async fn statement_ends_when_all_its_callers_have_left() {
+        let coalescer = coalescer(8, None);
+        let spawn = |request| {
+            let coalescer = Arc::clone(&coalescer);
+            tokio::spawn(async move { coalescer.run(request).await })
         };
         let (first, second, third, fourth) = (spawn(0), spawn(2), spawn(4), spawn(6));
         tokio::task::yield_now().await;
         second.abort();
         assert!(second.await.unwrap_err().is_cancelled());
-        // The lane goes on to the other two, who then give up as well.
-        group.work.go.add_permits(1);
+        // The slot goes on to the other two, which then leave as well.
+        coalescer.operation.go.add_permits(1);
         assert_eq!(first.await.unwrap(), Ok(0));
-        while group.work.statements.load(Ordering::Relaxed) < 2 {
+        while statements(&coalescer) < 2 {
             tokio::task::yield_now().await;
         }
         third.abort();
         fourth.abort();
-        group.tasks.close();
-        group.tasks.wait().await;
-        assert_eq!(run(&group, [8]).await, [Ok(8)]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_call_that_takes_long_gives_its_lane_back() {
-        let group = group(1, None);
-        let slow = tokio::spawn({
-            let group = Arc::clone(&group);
-            async move { group.run(0).await }
-        });
-        tokio::task::yield_now().await;
-        time::sleep(LANE_TIME * 2).await;
-        assert_eq!(group.line().lanes_taken, 0);
-        group.work.go.add_permits(1);
-        assert_eq!(slow.await.unwrap(), Ok(0));
+        coalescer.tasks.close();
+        coalescer.tasks.wait().await;
+        assert_eq!(run(&coalescer, [8]).await, [Ok(8)]);
     }
 }

@@ -1,4 +1,6 @@
-//! The rpcs.
+//! The rpcs, and how requests share statements.
 
 pub mod coalescer;
+pub mod import;
+pub mod operations;
 pub mod service;

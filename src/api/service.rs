@@ -1,4 +1,4 @@
-//! One function an rpc: parse, call, answer.
+//! The rpcs: one function each, which parses the request, runs it and responds.
 
 use std::sync::Arc;
 
@@ -6,41 +6,39 @@ use futures_util::{StreamExt, TryStreamExt, stream::BoxStream};
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::api::coalescer::{Group, Limits};
-use crate::error::{Error, reason};
+use crate::api::coalescer::{Coalescer, Limits};
+use crate::api::import::Imports;
+use crate::api::operations::{CreateOne, DeleteOne, Get, UpdateOne};
+use crate::error::Error;
 use crate::feed::reader::Feed;
 use crate::feed::watcher::Watcher;
+use crate::model::batch::{Batch, Lookup};
 use crate::model::names::Username;
 use crate::model::page::Page;
-use crate::model::request::{
-    Batch, Chunk, Create, Delete, Export, Expunge, Lookup, NewUser, Removal, Undelete, Update, UserKey,
-    UserPatch, Watch,
-};
+use crate::model::request::{Create, Delete, Expunge, Undelete, Update};
+use crate::model::stream::{Chunk, Export, Watch};
+use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
 use crate::pb;
+use crate::pb::ErrorReason as Reason;
 use crate::pb::codec::Encoded;
-use crate::store::batch;
 use crate::store::export::Exports;
-use crate::store::grouped::{Creates, Deletes, Gets, Updates};
-use crate::store::import::Imports;
-use crate::store::list;
-use crate::store::lookup;
 use crate::store::pool::Db;
-use crate::store::users;
+use crate::store::{list, lookup, users};
 
 /// The service `users.v1.UserService`.
 pub struct UserService {
     db: Arc<Db>,
     feed: Arc<Feed>,
-    gets: Arc<Group<Gets>>,
-    creates: Arc<Group<Creates>>,
-    updates: Arc<Group<Updates>>,
-    deletes: Arc<Group<Deletes>>,
+    gets: Arc<Coalescer<Get>>,
+    creates: Arc<Coalescer<CreateOne>>,
+    updates: Arc<Coalescer<UpdateOne>>,
+    deletes: Arc<Coalescer<DeleteOne>>,
     imports: Imports,
     exports: Exports,
 }
 
 impl UserService {
-    /// The service on this database, with groups within these limits.
+    /// The service on this database. `limits` are those of each coalescer.
     pub fn new(
         db: Arc<Db>,
         limits: Limits,
@@ -52,42 +50,77 @@ impl UserService {
         Self {
             imports,
             exports,
-            gets: Group::new(Gets(Arc::clone(&db)), limits, tasks.clone()),
-            creates: Group::new(Creates(Arc::clone(&db)), limits, tasks.clone()),
-            updates: Group::new(Updates(Arc::clone(&db)), limits, tasks.clone()),
-            deletes: Group::new(Deletes(Arc::clone(&db)), limits, tasks.clone()),
+            gets: Coalescer::new(Get(Arc::clone(&db)), limits, tasks.clone()),
+            creates: Coalescer::new(CreateOne(Arc::clone(&db)), limits, tasks.clone()),
+            updates: Coalescer::new(UpdateOne(Arc::clone(&db)), limits, tasks.clone()),
+            deletes: Coalescer::new(DeleteOne(Arc::clone(&db)), limits, tasks.clone()),
             db,
             feed,
         }
     }
+
+    /// Changes a user, or creates it if there is none. A user that another request creates in
+    /// between is there to be changed, so a conflict is a reason to try that once more.
+    async fn upsert(&self, update: Update, user: Result<NewUser, Error>) -> Result<pb::User, Error> {
+        let mut conflict = None;
+        loop {
+            match self.updates.run(update.clone()).await {
+                Err(Error::UserNotFound { .. }) => {}
+                updated => return updated,
+            }
+            if let Some(conflict) = conflict {
+                return Err(conflict);
+            }
+            let (request_id, validate_only) = (update.request_id.clone(), update.validate_only);
+            match self.creates.run(Create { user: user.clone()?, request_id, validate_only }).await {
+                Err(error @ (Error::UserIdTaken | Error::UsernameTaken { .. })) => conflict = Some(error),
+                created => return created,
+            }
+        }
+    }
 }
 
-type Answer<T> = Result<Response<T>, Status>;
-type AnswerStream<T> = BoxStream<'static, Result<T, Status>>;
+type RpcResult<T> = Result<Response<T>, Status>;
+type ResponseStream<T> = BoxStream<'static, Result<T, Status>>;
 
 #[tonic::async_trait]
 impl pb::user_service_server::UserService for UserService {
-    async fn create_user(&self, request: Request<pb::CreateUserRequest>) -> Answer<pb::CreateUserResponse> {
+    async fn create_user(
+        &self,
+        request: Request<pb::CreateUserRequest>,
+    ) -> RpcResult<pb::CreateUserResponse> {
         let create = Create::parse(request.into_inner())?;
         let user = self.creates.run(create).await?;
         Ok(Response::new(pb::CreateUserResponse { user: Some(user) }))
     }
 
-    async fn get_user(&self, request: Request<pb::GetUserRequest>) -> Answer<pb::GetUserResponse> {
+    async fn get_user(&self, request: Request<pb::GetUserRequest>) -> RpcResult<pb::GetUserResponse> {
         let pb::GetUserRequest { key, if_revision_not } = request.into_inner();
-        let user = self.gets.run(UserKey::parse(key)?).await?;
+        let user = match UserKey::parse(key)? {
+            UserKey::Email(email) => lookup::get_by_email(&self.db, email).await?,
+            key => self.gets.run(key).await?,
+        };
         let not_modified = user.revision == if_revision_not;
         let user = (!not_modified).then_some(user);
         Ok(Response::new(pb::GetUserResponse { user, not_modified }))
     }
 
-    async fn update_user(&self, request: Request<pb::UpdateUserRequest>) -> Answer<pb::UpdateUserResponse> {
-        let update = Update::parse(request.into_inner())?;
-        let user = self.updates.run(update).await?;
+    async fn update_user(
+        &self,
+        request: Request<pb::UpdateUserRequest>,
+    ) -> RpcResult<pb::UpdateUserResponse> {
+        let mut update = Update::parse(request.into_inner())?;
+        let user = match update.or_create.take() {
+            Some(user) => self.upsert(update, user).await?,
+            None => self.updates.run(update).await?,
+        };
         Ok(Response::new(pb::UpdateUserResponse { user: Some(user) }))
     }
 
-    async fn delete_user(&self, request: Request<pb::DeleteUserRequest>) -> Answer<pb::DeleteUserResponse> {
+    async fn delete_user(
+        &self,
+        request: Request<pb::DeleteUserRequest>,
+    ) -> RpcResult<pb::DeleteUserResponse> {
         let delete = Delete::parse(request.into_inner())?;
         let user = self.deletes.run(delete).await?;
         Ok(Response::new(pb::DeleteUserResponse { user }))
@@ -96,7 +129,7 @@ impl pb::user_service_server::UserService for UserService {
     async fn undelete_user(
         &self,
         request: Request<pb::UndeleteUserRequest>,
-    ) -> Answer<pb::UndeleteUserResponse> {
+    ) -> RpcResult<pb::UndeleteUserResponse> {
         let undelete = Undelete::parse(request.into_inner())?;
         let user = users::undelete(&self.db, &undelete).await?;
         Ok(Response::new(pb::UndeleteUserResponse { user: Some(user) }))
@@ -105,16 +138,13 @@ impl pb::user_service_server::UserService for UserService {
     async fn expunge_user(
         &self,
         request: Request<pb::ExpungeUserRequest>,
-    ) -> Answer<pb::ExpungeUserResponse> {
+    ) -> RpcResult<pb::ExpungeUserResponse> {
         let expunge = Expunge::parse(request.into_inner())?;
         let expunge_time = users::expunge(&self.db, &expunge).await?;
-        Ok(Response::new(pb::ExpungeUserResponse {
-            user_id: expunge.id.to_string(),
-            expunge_time: Some(expunge_time.into()),
-        }))
+        Ok(Response::new(pb::ExpungeUserResponse { user_id: expunge.id.to_string(), expunge_time }))
     }
 
-    async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> Answer<pb::ListUsersResponse> {
+    async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> RpcResult<pb::ListUsersResponse> {
         let page = Page::parse(request.get_ref())?;
         Ok(Response::new(list::list(&self.db, &page).await?))
     }
@@ -122,7 +152,7 @@ impl pb::user_service_server::UserService for UserService {
     async fn lookup_users(
         &self,
         request: Request<pb::LookupUsersRequest>,
-    ) -> Answer<pb::LookupUsersResponse> {
+    ) -> RpcResult<pb::LookupUsersResponse> {
         let lookup = Lookup::parse(request.into_inner())?;
         let results = lookup::lookup(&self.db, &lookup).await?;
         Ok(Response::new(pb::LookupUsersResponse { results }))
@@ -131,57 +161,57 @@ impl pb::user_service_server::UserService for UserService {
     async fn batch_create_users(
         &self,
         request: Request<pb::BatchCreateUsersRequest>,
-    ) -> Answer<pb::BatchCreateUsersResponse> {
+    ) -> RpcResult<pb::BatchCreateUsersResponse> {
         let batch = Batch::<NewUser>::parse(request.into_inner())?;
-        let users = batch::create(&self.db, &batch).await?;
+        let users = users::create_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchCreateUsersResponse { users }))
     }
 
     async fn batch_update_users(
         &self,
         request: Request<pb::BatchUpdateUsersRequest>,
-    ) -> Answer<pb::BatchUpdateUsersResponse> {
+    ) -> RpcResult<pb::BatchUpdateUsersResponse> {
         let batch = Batch::<UserPatch>::parse(request.into_inner())?;
-        let users = batch::update(&self.db, &batch).await?;
+        let users = users::update_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchUpdateUsersResponse { users }))
     }
 
     async fn batch_delete_users(
         &self,
         request: Request<pb::BatchDeleteUsersRequest>,
-    ) -> Answer<pb::BatchDeleteUsersResponse> {
+    ) -> RpcResult<pb::BatchDeleteUsersResponse> {
         let batch = Batch::<Removal>::parse(request.into_inner())?;
-        let users = batch::delete(&self.db, &batch).await?;
+        let users = users::delete_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchDeleteUsersResponse { users }))
     }
 
     async fn check_username(
         &self,
         request: Request<pb::CheckUsernameRequest>,
-    ) -> Answer<pb::CheckUsernameResponse> {
+    ) -> RpcResult<pb::CheckUsernameResponse> {
         let username = request.into_inner().username;
         if username.is_empty() {
-            return Err(Error::invalid("username", reason::FIELD_REQUIRED, "is required").into());
+            return Err(Error::invalid("username", Reason::FieldRequired, "is required").into());
         }
         let Ok(username) = Username::parse(&username) else {
-            let reason = reason::USERNAME_INVALID.to_owned();
+            let reason = Reason::UsernameInvalid.into();
             return Ok(Response::new(pb::CheckUsernameResponse { reason, ..Default::default() }));
         };
         let holder = users::username_holder(&self.db, &username).await?;
         Ok(Response::new(pb::CheckUsernameResponse {
             available: holder.is_none(),
             canonical: username.canonical().to_owned(),
-            reason: holder.map_or("", |_| reason::USERNAME_TAKEN).to_owned(),
+            reason: holder.map_or(Reason::Unspecified, |_| Reason::UsernameTaken).into(),
             available_time: holder.flatten().map(Into::into),
         }))
     }
 
-    type ImportUsersStream = AnswerStream<pb::ImportUsersResponse>;
+    type ImportUsersStream = ResponseStream<pb::ImportUsersResponse>;
 
     async fn import_users(
         &self,
         request: Request<Streaming<pb::ImportUsersRequest>>,
-    ) -> Answer<Self::ImportUsersStream> {
+    ) -> RpcResult<Self::ImportUsersStream> {
         let chunks = request
             .into_inner()
             .map(|message| Chunk::parse(message.map_err(|status| Error::of_message(&status))?));
@@ -189,20 +219,23 @@ impl pb::user_service_server::UserService for UserService {
         Ok(Response::new(acks.map_err(Status::from).boxed()))
     }
 
-    type ExportUsersStream = AnswerStream<pb::ExportUsersResponse>;
+    type ExportUsersStream = ResponseStream<pb::ExportUsersResponse>;
 
     async fn export_users(
         &self,
         request: Request<pb::ExportUsersRequest>,
-    ) -> Answer<Self::ExportUsersStream> {
+    ) -> RpcResult<Self::ExportUsersStream> {
         let export = Export::parse(request.into_inner())?;
         let parts = self.exports.run(&export).await?;
         Ok(Response::new(parts.map_err(Status::from).boxed()))
     }
 
-    type WatchUsersStream = AnswerStream<Encoded>;
+    type WatchUsersStream = ResponseStream<Encoded>;
 
-    async fn watch_users(&self, request: Request<pb::WatchUsersRequest>) -> Answer<Self::WatchUsersStream> {
+    async fn watch_users(
+        &self,
+        request: Request<pb::WatchUsersRequest>,
+    ) -> RpcResult<Self::WatchUsersStream> {
         let watch = Watch::parse(request.into_inner())?;
         let watcher = Watcher::start(Arc::clone(&self.feed), watch).await?;
         Ok(Response::new(watcher.into_stream().boxed()))

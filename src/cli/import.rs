@@ -23,7 +23,7 @@ use super::{
     files::{self, Format, Lines},
     is_standard, progress_bar, say,
 };
-use crate::model::request::CHUNK_SIZE_MAX;
+use crate::model::stream::CHUNK_SIZE_MAX;
 use crate::pb::{self, ImportMode, user_service_client::UserServiceClient};
 
 /// A chunk ends when it has this many octets: far below the 4 MiB of a message.
@@ -297,8 +297,9 @@ impl Run {
             let line = usize::try_from(failure.position).ok().and_then(|position| chunk.lines.get(position));
             let line = line.context("the service refused a line that was not sent")?;
             let violations = failure.violations.iter();
-            let violations: Vec<_> =
-                violations.map(|v| (v.field.as_str(), v.reason.as_str(), v.description.as_str())).collect();
+            let violations: Vec<_> = violations
+                .map(|v| (v.field.as_str(), v.reason().as_str_name(), v.description.as_str()))
+                .collect();
             self.refused(*line, &violations)?;
         }
         Ok(())

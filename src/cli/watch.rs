@@ -156,12 +156,12 @@ fn change_to_json(change: &pb::UserChange) -> Value {
     json.insert("kind".into(), change.kind().as_str_name().into());
     json.insert("id".into(), change.id.as_str().into());
     json.insert("revision".into(), change.revision.to_string().into());
-    if let Some(user) = &change.user {
-        json.insert("user".into(), user_to_json(user));
-    }
-    if change.removed {
-        json.insert("removed".into(), true.into());
-    }
+    match &change.state {
+        Some(pb::user_change::State::User(user)) => json.insert("user".into(), user_to_json(user)),
+        Some(pb::user_change::State::Removed(_)) => json.insert("removed".into(), json!({})),
+        Some(pb::user_change::State::Superseded(_)) => json.insert("superseded".into(), json!({})),
+        None => None,
+    };
     json.into()
 }
 

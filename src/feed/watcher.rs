@@ -22,12 +22,12 @@ use crate::error::Error;
 use crate::feed::reader::{BOOKMARK_INTERVAL, Feed};
 use crate::model::page::{Page, Selection};
 use crate::model::position::{LogPosition, Token};
-use crate::model::request::Watch;
+use crate::model::stream::Watch;
 use crate::pb;
 use crate::pb::codec::Encoded;
 use crate::store::change_log::{ChangeBatch, ChangesSince, MESSAGE_SIZE, position_message};
 use crate::store::list::position;
-use crate::store::users::user_from_row;
+use crate::store::user_row::user_from_row;
 
 /// A stream of WatchUsers.
 pub struct Watcher {
@@ -68,7 +68,7 @@ impl Watcher {
         let rounds = feed.rounds();
         let mut fast = None;
         // This is where it turns out whether the token is good.
-        let (point, missed) = match (watch.point, &watch.initial_state) {
+        let (point, missed) = match (watch.position, &watch.initial_state) {
             (None, _) => (feed.now().await?, None),
             (Some(point), None) => {
                 fast = feed.be_fast();
@@ -179,7 +179,7 @@ impl Watcher {
             let user = user_from_row(row)?;
             let (id, revision) = (user.id.clone(), user.revision);
             let kind = pb::ChangeKind::Existing.into();
-            Ok(pb::UserChange { kind, id, revision, user: Some(user), removed: false })
+            Ok(pb::UserChange { kind, id, revision, state: Some(pb::user_change::State::User(user)) })
         };
         let (rows, is_last) = self.feed.page(&page).await?;
         let mut messages = Vec::new();
@@ -215,7 +215,7 @@ impl Watcher {
                 self.next = Next::Missed;
                 return Ok(());
             }
-            Err(RecvError::Closed) => return Err(Error::Stopping),
+            Err(RecvError::Closed) => return Err(Error::ShuttingDown),
         };
         let is_known = self.point.includes(&round.end);
         let leads_on = self.point.includes(&round.from) && round.end.includes(&self.point);
@@ -240,9 +240,8 @@ impl Watcher {
 fn filtered(message: &Encoded, filter: &Selection) -> Result<Encoded, Error> {
     let mut message: pb::WatchUsersResponse = message.decode().map_err(|_| Error::Internal)?;
     for change in &mut message.changes {
-        if change.user.as_ref().is_some_and(|user| !filter.contains(user)) {
-            change.user = None;
-            change.removed = true;
+        if matches!(&change.state, Some(pb::user_change::State::User(user)) if !filter.contains(user)) {
+            change.state = Some(pb::user_change::State::Removed(pb::user_change::Removed {}));
         }
     }
     message.resume_token = filter.seal_watch(&message.resume_token);

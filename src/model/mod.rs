@@ -1,6 +1,10 @@
 //! Pure: protobuf messages become types that are always valid. No I/O, no SQL.
 
+pub mod batch;
+mod fields;
 pub mod names;
 pub mod page;
 pub mod position;
 pub mod request;
+pub mod stream;
+pub mod user;

@@ -25,6 +25,11 @@ pub const EMAIL_LOCAL_MAX_OCTETS: usize = 64;
 /// Code points of a display name, at most.
 pub const DISPLAY_NAME_MAX_LEN: usize = 100;
 
+/// The version of the rules that make keys of usernames and e-mail addresses: these functions
+/// and the Unicode tables of the crates behind them. Each row has the version that made its
+/// keys, so that an upgrade can find the rows to make anew. A test fails when a table changes.
+pub const NORM_VERSION: i16 = 1;
+
 /// A username that may be taken, with the key that makes it unique.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Username {

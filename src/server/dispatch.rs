@@ -33,7 +33,8 @@ use tonic::{Code, Status, body::Body};
 use tower_service::Service;
 
 use crate::config::Config;
-use crate::error::{Error, reason};
+use crate::error::Error;
+use crate::pb::ErrorReason as Reason;
 use crate::server::executor::{Calls, with_calls};
 
 /// A new connection has to say that it speaks HTTP/2 within this time.
@@ -277,7 +278,7 @@ fn until_stopped(body: Body, stop: CancellationToken, trailers: Option<HeaderMap
         tokio::select! {
             biased;
             frame = body.frame() => Some((frame?, Some((body, stopped, trailers)))),
-            () = &mut stopped => Some((trailers.map(Frame::trailers).ok_or(Error::Stopping.into()), None)),
+            () = &mut stopped => Some((trailers.map(Frame::trailers).ok_or(Error::ShuttingDown.into()), None)),
         }
     });
     Body::new(StreamBody::new(frames))
@@ -285,7 +286,7 @@ fn until_stopped(body: Body, stop: CancellationToken, trailers: Option<HeaderMap
 
 fn stopping() -> Option<HeaderMap> {
     let mut trailers = HeaderMap::new();
-    Status::from(Error::Stopping).add_header(&mut trailers).ok().map(|()| trailers)
+    Status::from(Error::ShuttingDown).add_header(&mut trailers).ok().map(|()| trailers)
 }
 
 fn is_grpc(headers: &HeaderMap) -> bool {
@@ -306,7 +307,7 @@ fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
         Some(timeout) => Ok(Some(timeout)),
         None => {
             let what = "must be up to 8 digits and one of H, M, S, m, u, n";
-            Err(Error::invalid("grpc-timeout", reason::FIELD_INVALID, what))
+            Err(Error::invalid("grpc-timeout", Reason::FieldInvalid, what))
         }
     }
 }
@@ -340,7 +341,7 @@ fn explained(response: Response<Body>) -> Response<Body> {
         Code::Internal => "is not a message of this rpc",
         _ => return response,
     };
-    Status::from(Error::invalid("request", reason::FIELD_INVALID, what)).into_http()
+    Status::from(Error::invalid("request", Reason::FieldInvalid, what)).into_http()
 }
 
 /// The status of an answer that is no more than its headers; others begin well,

@@ -25,7 +25,7 @@ use crate::model::position::{self, Log, LogPosition, Token, TransactionStamp};
 use crate::pb;
 use crate::pb::codec::Encoded;
 use crate::store::pool::{self, Db, Params};
-use crate::store::users::{ID, column, user_columns, user_from_row};
+use crate::store::user_row::{ID, column, user_columns, user_from_row};
 use crate::telemetry::describe;
 
 /// Every statement of this file, for preparation.
@@ -232,8 +232,11 @@ impl Entry {
             kind: self.kind.into(),
             id: self.user_id.to_string(),
             revision: self.revision,
-            removed: self.is_last && user.is_none(),
-            user: user.map(user_from_row).transpose()?,
+            state: Some(match user {
+                Some(user) => pb::user_change::State::User(user_from_row(user)?),
+                None if self.is_last => pb::user_change::State::Removed(pb::user_change::Removed {}),
+                None => pb::user_change::State::Superseded(pb::user_change::Superseded {}),
+            }),
         })
     }
 }

@@ -22,12 +22,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::config::Config;
 use crate::error::{Access, Error};
 use crate::limits::StreamLimiter;
-use crate::model::request::Export;
+use crate::model::stream::Export;
 use crate::pb;
 use crate::store::change_log::{NOW, position_from_rows};
 use crate::store::list;
 use crate::store::pool::{self, Db};
-use crate::store::users::{user_columns, user_from_row};
+use crate::store::user_row::{user_columns, user_from_row};
 use crate::telemetry::describe;
 
 /// Users in one part, at most. None has more than 1.1 KiB, so a part has less than
@@ -86,7 +86,7 @@ impl Exports {
             drop(permit);
         };
         // Without its driver, the service is at its end.
-        self.connections.send(driven.boxed()).map_err(|_| Error::Stopping)?;
+        self.connections.send(driven.boxed()).map_err(|_| Error::ShuttingDown)?;
         Ok(Session { client, started, timeout, _close: close })
     }
 }

@@ -7,7 +7,7 @@ use crate::model::page::{Key, Order, Page, Position, Selection};
 use crate::pb;
 use crate::store::change_log::{POSITION_COLUMN_COUNT, current_position, position_from_row};
 use crate::store::pool::Db;
-use crate::store::users::{CREATE_TIME, ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
+use crate::store::user_row::{CREATE_TIME, ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[

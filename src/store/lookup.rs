@@ -1,26 +1,75 @@
-//! The statement that finds many users by keys of all kinds.
+//! The statements that find users by keys.
 
-use std::collections::{HashMap, hash_map::Entry};
-
-use uuid::Uuid;
+use std::collections::HashMap;
 
 use crate::error::{Access, Error};
-use crate::model::request::{Lookup, LookupKey};
+use crate::model::batch::Lookup;
+use crate::model::names::Email;
+use crate::model::user::{CanonicalKey, UserKey};
 use crate::pb;
 use crate::store::pool::Db;
-use crate::store::users::{ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
+use crate::store::user_row::{ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
 
 /// Every statement of this file, for preparation.
-pub const STATEMENTS: &[&str] = &[LOOKUP];
+pub const STATEMENTS: &[&str] = &[GET, LOOKUP];
 
-/// Users that are returned for one e-mail address, at most. With as many for each
-/// of a thousand keys, and each as large as a user can be (1 KiB), the answer still
-/// fits into the 4 MiB that clients accept.
-pub const USERS_PER_EMAIL_MAX: usize = 4;
+/// How many users are returned for one e-mail address. With as many for each of a thousand
+/// keys, each user as large as it can be (1 KiB), the response still fits into 4 MiB.
+const USERS_PER_EMAIL_MAX: usize = 4;
 
-/// Each user with the key that found it, unless that was its id; of an e-mail
-/// address, one user more than are returned. Live and deleted users have indexes of
-/// their own.
+const GET: &str = concat!(
+    "select ",
+    user_columns!(),
+    ", null as username_key from users where id = any($1)
+union all
+select ",
+    user_columns!(),
+    ", username_key from users where username_key = any($2) and username_held"
+);
+
+/// Returns the users with these ids or usernames, soft-deleted or not, in the order of the
+/// keys. E-mail addresses are for [`get_by_email`].
+pub async fn get(db: &Db, keys: &[UserKey]) -> Result<Vec<Result<pb::User, Error>>, Error> {
+    let (mut ids, mut usernames) = (Vec::new(), Vec::new());
+    for key in keys.iter().map(UserKey::canonical) {
+        match key {
+            CanonicalKey::Id(id) => ids.push(id),
+            CanonicalKey::Username(username) => usernames.push(username),
+            CanonicalKey::Email(_) => {}
+        }
+    }
+    // PostgreSQL sorts them anyway, but not as fast.
+    ids.sort_unstable();
+    let rows = db.run(Access::Read, GET, &[&ids, &usernames]).await?;
+    let mut found = HashMap::with_capacity(rows.len());
+    for row in &rows {
+        let key = match column(row, USER_COLUMN_COUNT)? {
+            Some(username) => CanonicalKey::Username(username),
+            None => CanonicalKey::Id(column(row, ID)?),
+        };
+        found.insert(key, row);
+    }
+    let find = |key: &UserKey| match found.get(&key.canonical()) {
+        Some(row) => user_from_row(row),
+        None => Err(Error::UserNotFound { name: key.as_entered() }),
+    };
+    Ok(keys.iter().map(find).collect())
+}
+
+/// Returns the only live user with this e-mail address.
+pub async fn get_by_email(db: &Db, email: Email) -> Result<pb::User, Error> {
+    let name = email.as_entered().to_owned();
+    let request = Lookup { keys: vec![UserKey::Email(email)], include_deleted: false };
+    let users = lookup(db, &request).await?.into_iter().next().unwrap_or_default().users;
+    match <[pb::User; 1]>::try_from(users) {
+        Ok([user]) => Ok(user),
+        Err(users) if users.is_empty() => Err(Error::UserNotFound { name }),
+        Err(_) => Err(Error::EmailAmbiguous),
+    }
+}
+
+/// Each user with the key that found it, unless that was its id; of an e-mail address, one
+/// user more than is returned. Live and deleted users have indexes of their own.
 const LOOKUP: &str = concat!(
     "select ",
     user_columns!(),
@@ -45,41 +94,17 @@ select owner.*, null, wanted.email_key from unnest($3::text[]) as wanted (email_
 ) as owner"
 );
 
-/// What a user is found by: an id, or the key of a name.
-#[derive(PartialEq, Eq, Hash)]
-enum Found<'a> {
-    Id(Uuid),
-    Username(&'a str),
-    Email(&'a str),
-}
-
-impl<'a> From<&'a LookupKey> for Found<'a> {
-    fn from(key: &'a LookupKey) -> Self {
-        match key {
-            LookupKey::Id(id) => Self::Id(*id),
-            LookupKey::Username(username) => Self::Username(username.canonical()),
-            LookupKey::Email(email) => Self::Email(email.canonical()),
-        }
-    }
-}
-
-/// Returns who has each of the keys, in their order.
+/// Returns the users with each of the keys, in their order.
 pub async fn lookup(db: &Db, lookup: &Lookup) -> Result<Vec<pb::LookupUsersResult>, Error> {
     let (mut ids, mut usernames, mut emails) = (Vec::new(), Vec::new(), Vec::new());
-    // Where a key stands, first of all, and where else.
-    let (mut first, mut again) = (HashMap::with_capacity(lookup.keys.len()), Vec::new());
-    for (index, key) in lookup.keys.iter().map(Found::from).enumerate() {
-        match first.entry(key) {
-            Entry::Occupied(known) => again.push((index, *known.get())),
-            Entry::Vacant(new) => {
-                match new.key() {
-                    Found::Id(id) => ids.push(*id),
-                    Found::Username(key) => usernames.push(*key),
-                    Found::Email(key) => emails.push(*key),
-                }
-                new.insert(index);
-            }
+    let mut positions = HashMap::with_capacity(lookup.keys.len());
+    for (position, key) in lookup.keys.iter().map(UserKey::canonical).enumerate() {
+        match key {
+            CanonicalKey::Id(id) => ids.push(id),
+            CanonicalKey::Username(username) => usernames.push(username),
+            CanonicalKey::Email(email) => emails.push(email),
         }
+        positions.insert(key, position);
     }
     // PostgreSQL sorts them anyway, but not as fast.
     ids.sort_unstable();
@@ -88,12 +113,12 @@ pub async fn lookup(db: &Db, lookup: &Lookup) -> Result<Vec<pb::LookupUsersResul
         db.run(Access::Read, LOOKUP, &[&ids, &usernames, &emails, &lookup.include_deleted, &limit]).await?;
     let mut results = vec![pb::LookupUsersResult::default(); lookup.keys.len()];
     for row in &rows {
-        let found = match (column(row, USER_COLUMN_COUNT)?, column(row, USER_COLUMN_COUNT + 1)?) {
-            (Some(username), _) => Found::Username(username),
-            (None, Some(email)) => Found::Email(email),
-            (None, None) => Found::Id(column(row, ID)?),
+        let key = match (column(row, USER_COLUMN_COUNT)?, column(row, USER_COLUMN_COUNT + 1)?) {
+            (Some(username), _) => CanonicalKey::Username(username),
+            (None, Some(email)) => CanonicalKey::Email(email),
+            (None, None) => CanonicalKey::Id(column(row, ID)?),
         };
-        let result = first.get(&found).and_then(|index| results.get_mut(*index));
+        let result = positions.get(&key).and_then(|position| results.get_mut(*position));
         result.ok_or(Error::Internal)?.users.push(user_from_row(row)?);
     }
     for result in results.iter_mut().filter(|result| result.users.len() > 1) {
@@ -102,12 +127,6 @@ pub async fn lookup(db: &Db, lookup: &Lookup) -> Result<Vec<pb::LookupUsersResul
         result.users.sort_by_cached_key(age);
         result.has_more = result.users.len() > USERS_PER_EMAIL_MAX;
         result.users.truncate(USERS_PER_EMAIL_MAX);
-    }
-    for (index, first) in again {
-        let same = results.get(first).cloned().unwrap_or_default();
-        if let Some(result) = results.get_mut(index) {
-            *result = same;
-        }
     }
     Ok(results)
 }

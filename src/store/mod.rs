@@ -1,14 +1,28 @@
-//! All SQL and every connection to PostgreSQL.
+//! All SQL and every connection to PostgreSQL. Nothing here knows of gRPC.
 
-pub mod batch;
 pub mod change_log;
 pub mod dev_postgres;
 pub mod export;
-pub mod grouped;
+pub mod idempotency;
 pub mod import;
 pub mod list;
 pub mod lookup;
+pub mod migrate;
 pub mod pool;
 pub mod purge;
 pub mod user_row;
 pub mod users;
+
+/// Every statement of the service, for preparation.
+pub fn statements() -> Vec<&'static str> {
+    [
+        users::STATEMENTS,
+        idempotency::STATEMENTS,
+        lookup::STATEMENTS,
+        list::STATEMENTS,
+        import::STATEMENTS,
+        purge::STATEMENTS,
+        change_log::STATEMENTS,
+    ]
+    .concat()
+}

@@ -45,16 +45,10 @@ const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
 /// find others.
 const RETIRE_INTERVAL: Duration = Duration::from_secs(60);
 const RETIRED_PART: usize = 10;
-/// Whoever waits longer for a table lock in a migration stands in the way of all: calls
-/// wait behind it, and have `LOCK_TIMEOUT_MS` for that.
-const MIGRATION_LOCK_TIMEOUT_MS: u32 = 500;
-/// How often a replica looks whether another one has finished migrating.
-const MIGRATION_POLL: Duration = Duration::from_millis(50);
-/// The advisory lock of migrations: "users", in ASCII.
-pub const MIGRATION_LOCK: i64 = 0x75_73_65_72_73;
-
+/// A parameter of a statement.
+pub type Param<'a> = &'a (dyn ToSql + Sync);
 /// The parameters of a statement, `$1` first.
-pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
+pub type Params<'a> = &'a [Param<'a>];
 
 /// The database, as far as calls need it: statements, each on a connection of its own, and
 /// connections for those who have several.
@@ -68,6 +62,8 @@ pub struct Db {
     abandoned: mpsc::UnboundedSender<Object>,
     /// Set once the schema is there; calls that come earlier are refused.
     is_migrated: AtomicBool,
+    /// How long the username that an update replaces stays held.
+    pub username_hold_days: i32,
     /// Told of every write that was committed. That costs a write an atomic or two.
     pub committed: Notify,
 }
@@ -119,6 +115,7 @@ impl Db {
             openers: Arc::new(Semaphore::new(config.pool_size)),
             abandoned,
             is_migrated: AtomicBool::new(false),
+            username_hold_days: i32::try_from(config.username_hold_days).unwrap_or(i32::MAX),
             committed: Notify::new(),
         };
         Ok((db, receiver))
@@ -413,36 +410,4 @@ pub async fn connect(postgres: &tokio_postgres::Config) -> anyhow::Result<(Clien
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-mod embedded_migrations {
-    refinery::embed_migrations!("migrations");
-}
-
-/// Brings the schema up to date; replicas that start together take turns.
-///
-/// The turn is an advisory lock on a connection that is idle in between: a
-/// session that waits inside `pg_advisory_lock` holds a snapshot, which `create
-/// index concurrently` in another would wait for. A schema that is newer than
-/// this binary is left alone: that is a rolling upgrade.
-pub async fn migrate(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
-    let (lock, lock_connection) = connect(postgres).await?;
-    let (mut client, connection) = connect(postgres).await?;
-    let run = async {
-        while !lock.query_one("select pg_try_advisory_lock($1)", &[&MIGRATION_LOCK]).await?.try_get(0)? {
-            time::sleep(MIGRATION_POLL).await;
-        }
-        client.batch_execute(&format!("set lock_timeout = {MIGRATION_LOCK_TIMEOUT_MS}")).await?;
-        let report =
-            embedded_migrations::migrations::runner().set_abort_missing(false).run_async(&mut client).await?;
-        for migration in report.applied_migrations() {
-            tracing::info!(%migration, "migrated");
-        }
-        anyhow::Ok(())
-    };
-    // Both connections are driven here, and closed with this function.
-    tokio::select! {
-        result = run => result,
-        _ = future::join(lock_connection, connection) => anyhow::bail!("the connection to the database broke"),
-    }
 }

@@ -11,7 +11,7 @@ use tokio::time;
 use crate::config::Config;
 use crate::error::{Access, Error};
 use crate::store::pool::{Db, Params};
-use crate::store::users::column;
+use crate::store::user_row::column;
 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[PURGE_USERS, PURGE_REQUESTS, PURGE_IMPORT_CHUNKS, PURGE_CHANGES];

@@ -1,535 +1,647 @@
-//! The statements on one user. Each change is one statement and one round trip:
-//! it writes the request id, the user and the change log together, or nothing.
+//! The changes of users. Each operation is one statement for any number of requests: one, a
+//! batch of independent requests, or an atomic batch. It writes request ids, users and change
+//! log together, and says of each item what became of it.
+//!
+//! All is decided on the rows as they are once they are locked, and nothing on the snapshot.
+//! What a concurrent transaction does between the look and the write violates a constraint;
+//! then nothing is written, and the statement runs again and sees it.
 
-use std::time::SystemTime;
+use std::{hash::Hash, time::SystemTime};
 
+use prost_types::Timestamp;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use crate::error::{Access, Error, reason};
+use crate::error::{Access, Error};
+use crate::model::batch::{Batch, repeated};
 use crate::model::names::Username;
-use crate::model::request::{
-    Create, Delete, Expunge, NewUser, RequestId, Undelete, Update, UserKey, UserPatch,
-};
+use crate::model::request::{Expunge, Undelete};
+use crate::model::user::{NewUser, Removal, RequestId, UserPatch};
 use crate::pb;
-use crate::store::pool::Db;
-use crate::telemetry::describe;
+use crate::store::idempotency::{Replay, record_requests, replay};
+use crate::store::pool::{Db, Param};
+use crate::store::user_row::{
+    NewUsers, Patches, USER_COLUMN_COUNT, column, has_changes, insert_users, new_user_arrays,
+    new_user_fields, optional_user_from_row, patch_arrays, patch_fields, patched_fields, set_patched_fields,
+    user_columns, user_from_row,
+};
 
 /// Every statement of this file, for preparation.
-pub const STATEMENTS: &[&str] =
-    &[CREATE, GET_BY_ID, GET_BY_USERNAME, USERNAME_HOLDER, UPDATE, DELETE, UNDELETE, EXPUNGE, REPLAY];
+pub const STATEMENTS: &[&str] = &[
+    CREATE,
+    UPDATE.wait,
+    UPDATE.skip,
+    DELETE.wait,
+    DELETE.skip,
+    UNDELETE.wait,
+    EXPUNGE.wait,
+    USERNAME_HOLDER,
+];
 
-/// The columns that [`user_from_row`] reads, in its order. They come first in
-/// every row that holds a user.
-macro_rules! user_columns {
-    () => {
-        "id, username, email, display_name, create_time, update_time, delete_time, purge_time, revision"
-    };
-}
-pub(crate) use user_columns;
+/// How often a statement runs again because of a concurrent transaction.
+const ATTEMPTS: usize = 5;
 
-pub(crate) const ID: usize = 0;
-pub(crate) const CREATE_TIME: usize = 4;
-/// The first column behind them: what a statement says about the user.
-pub(crate) const USER_COLUMN_COUNT: usize = 9;
+/// How long a statement with [`Locking::Skip`] waits for a username that another transaction
+/// is inserting: such a lock cannot be skipped.
+const SKIP_LOCK_TIMEOUT: &str = "100ms";
 
-/// The one way from a row to a user.
-pub(crate) fn user_from_row(row: &Row) -> Result<pb::User, Error> {
-    let read = || {
-        Ok::<_, tokio_postgres::Error>(pb::User {
-            id: row.try_get::<_, Uuid>(ID)?.to_string(),
-            username: row.try_get(1)?,
-            email: row.try_get(2)?,
-            display_name: row.try_get(3)?,
-            create_time: Some(row.try_get::<_, SystemTime>(CREATE_TIME)?.into()),
-            update_time: Some(row.try_get::<_, SystemTime>(5)?.into()),
-            delete_time: row.try_get::<_, Option<SystemTime>>(6)?.map(Into::into),
-            purge_time: row.try_get::<_, Option<SystemTime>>(7)?.map(Into::into),
-            revision: row.try_get(8)?,
-        })
-    };
-    read().map_err(unreadable)
+/// What a statement does with a row that another transaction has locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locking {
+    /// Waits for it, for `LOCK_TIMEOUT_MS`.
+    Wait,
+    /// Leaves it out: its item is [`Outcome::Locked`].
+    Skip,
 }
 
-/// One more column of a row.
-pub(crate) fn column<'a, T: tokio_postgres::types::FromSql<'a>>(
-    row: &'a Row,
-    index: usize,
-) -> Result<T, Error> {
-    row.try_get(index).map_err(unreadable)
+/// What became of an item.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome<T> {
+    /// The response: of a new change, of one that changed nothing, or of a retry.
+    Done(T),
+    /// Nothing was changed.
+    Rejected(Error),
+    /// Nothing was changed, because another transaction has locked the row.
+    Locked,
 }
 
-fn unreadable(error: tokio_postgres::Error) -> Error {
-    tracing::error!(error = describe(&error), "a row does not have the columns that its statement says");
-    Error::Internal
+/// The items of one statement.
+pub struct Items<'a, T> {
+    items: Vec<&'a T>,
+    /// One an item; in an atomic batch all the same.
+    request_ids: Vec<&'a RequestId>,
+    is_atomic: bool,
+    access: Access,
+    locking: Locking,
 }
 
-/// Records a request id: `$1`, unless it is null, with the fingerprint `$2` hashed
-/// with a salt, if there is one; for the user `$3`, or for a batch's first user and
-/// all of them. No row comes back if it is recorded already: then this call is a
-/// retry. A call that waits here waits for its twin to commit or to fail.
-macro_rules! record_request {
-    ($salt:literal, $from:literal) => {
-        $crate::store::users::record_request!($salt, "$3::uuid, null::uuid[]", $from)
-    };
-    ($salt:literal, $users:literal, $from:literal) => {
+impl<'a, T> Items<'a, T> {
+    /// Items of independent requests.
+    pub fn independent(
+        requests: impl Iterator<Item = (&'a T, &'a RequestId)>,
+        access: Access,
+        locking: Locking,
+    ) -> Self {
+        let (items, request_ids) = requests.unzip();
+        Self { items, request_ids, is_atomic: false, access, locking }
+    }
+
+    /// The items of an atomic batch: one that is rejected stops all.
+    pub fn atomic(batch: &'a Batch<T>) -> Self {
+        let items: Vec<&T> = batch.items.iter().collect();
+        Self {
+            request_ids: vec![&batch.request_id; items.len()],
+            items,
+            is_atomic: true,
+            access: Access::write(batch.validate_only),
+            locking: Locking::Wait,
+        }
+    }
+}
+
+/// A statement in the two variants of [`Locking`].
+struct Statement {
+    wait: &'static str,
+    skip: &'static str,
+}
+
+/// The outcomes of items, as statements number them.
+mod outcome {
+    pub(super) const DONE: i16 = 0;
+    pub(super) const REPLAY: i16 = 1;
+    pub(super) const LOCKED: i16 = 2;
+    pub(super) const NOT_FOUND: i16 = 3;
+    pub(super) const DELETED: i16 = 4;
+    pub(super) const MISMATCH: i16 = 5;
+    pub(super) const USERNAME_TAKEN: i16 = 6;
+    pub(super) const ID_TAKEN: i16 = 7;
+    pub(super) const NOT_DELETED: i16 = 8;
+    pub(super) const USERNAME_RELEASED: i16 = 9;
+}
+
+/// The first columns of every item, `$3` and `$4`, and whether its request was recorded
+/// before. `$2` is a lock timeout, null for that of the session.
+macro_rules! input {
+    ($arrays:expr, $fields:expr) => {
         concat!(
-            "request as (
-    insert into requests (request_id, fingerprint, is_salted, user_id, user_ids, expire_time)
-    select $1::uuid, coalesce(sha256($2::bytea || ",
-            $salt,
-            "), $2), ",
-            $salt,
-            " is not null, ",
-            $users,
-            ", now() + interval '24 hours'
-    ",
-            $from,
-            " where $1 is not null
-    on conflict (request_id) do update set
-        fingerprint = excluded.fingerprint,
-        is_salted = excluded.is_salted,
-        user_id = excluded.user_id,
-        user_ids = excluded.user_ids,
-        expire_time = excluded.expire_time
-    where requests.expire_time <= now()
-    returning request_id
+            "with input as materialized (
+    select i.*, (select true from requests r where r.request_id = i.request_id) as is_replay
+    from (select set_config('lock_timeout', coalesce($2, current_setting('lock_timeout')), true)) as lock_timeout,
+        unnest($3::uuid[], $4::bytea[], ",
+            $arrays,
+            ") with ordinality as i (request_id, fingerprint, ",
+            $fields,
+            ", n)
 )"
         )
     };
 }
-pub(crate) use record_request;
 
-/// Nothing comes back if the request is a retry.
+/// Whether the username `$key` of an item is taken by a user other than `$owner`, or held for
+/// one. Subqueries that return a value are never turned into a join over the whole table.
+macro_rules! is_username_taken {
+    ($key:literal, $owner:literal) => {
+        concat!(
+            "coalesce(
+            (select u.id <> ",
+            $owner,
+            " from users u where u.username_key = ",
+            $key,
+            " and u.username_held),
+            (select h.user_id <> ",
+            $owner,
+            " from username_holds h where h.username_key = ",
+            $key,
+            " and h.expire_time > now()),
+            false
+        )"
+        )
+    };
+}
+
+/// With `$1`, nothing is accepted unless everything is.
+macro_rules! accepted {
+    () => {
+        concat!(
+            "accepted as (
+    select * from decided where outcome = 0
+        and (not $1::boolean or (select bool_and(outcome = 0) from decided))
+), ",
+            record_requests!()
+        )
+    };
+}
+
+/// Statements on existing users, `$5`. Rows are locked in the order of ids, so that two
+/// statements never wait for each other. `c` is the current user of the item `i`.
+macro_rules! on_users {
+    (
+        arrays: $arrays:expr, fields: $fields:expr, salt: $salt:expr,
+        has_changes: $has_changes:expr, outcome: $outcome:expr, shown: $shown:expr, writes: $writes:expr
+    ) => {
+        Statement {
+            wait: on_users!("", $arrays, $fields, $salt, $has_changes, $outcome, $shown, $writes),
+            skip: on_users!(" skip locked", $arrays, $fields, $salt, $has_changes, $outcome, $shown, $writes),
+        }
+    };
+    (
+        $lock:literal, $arrays:expr, $fields:expr, $salt:expr, $has_changes:expr, $outcome:expr, $shown:expr,
+        $writes:expr
+    ) => {
+        concat!(
+            input!(concat!("$5::uuid[], ", $arrays), concat!("user_id, ", $fields)),
+            ", current as materialized (
+    select i.n, u.* from input i join users u on u.id = i.user_id
+    order by u.id for update of u",
+            $lock,
+            "
+), decided as materialized (
+    select i.*, c.id, ",
+            $salt,
+            " as fingerprint_salt, c.username_key as old_username_key, c.create_time,
+        c.revision as current_revision, d.has_changes, c.revision + d.has_changes::int as revision,
+        case when d.has_changes then greatest(now(), c.update_time) else c.update_time end as update_time, case
+            when i.is_replay then 1
+            when c.id is null and (select true from users u where u.id = i.user_id) then 2
+            ",
+            $outcome,
+            "
+            else 0
+        end::smallint as outcome,
+        ",
+            $shown,
+            "
+    from input i left join current c using (n), lateral (select ",
+            $has_changes,
+            " as has_changes) as d
+), ",
+            accepted!(),
+            $writes,
+            "
+select ",
+            user_columns!(),
+            ", n, outcome, current_revision, user_id from decided"
+        )
+    };
+}
+
 const CREATE: &str = concat!(
-    "with ",
-    record_request!("$9::bytea", ""),
+    input!(
+        concat!(new_user_arrays!(), ", $13::boolean[], $14::boolean[]"),
+        concat!(new_user_fields!(), ", is_id_repeated, is_username_repeated")
+    ),
+    ", decided as materialized (
+    select *, id as user_id, now() as create_time, now() as update_time, null::timestamptz as delete_time,
+        null::timestamptz as purge_time, 1::bigint as revision, case
+            when is_replay then 1
+            when is_id_repeated or has_given_id and (select true from users u where u.id = input.id) then 7
+            when is_username_repeated or ",
+    is_username_taken!("input.username_key", "input.id"),
+    " then 6
+            else 0
+        end::smallint as outcome
+    from input
+), ",
+    accepted!(),
     ", created as (
-    insert into users (
-        id, username, username_key, username_held, email, email_key, display_name,
-        revision, create_time, update_time, fingerprint_salt
-    )
-    select $3, $4, $5, true, $6, $7, $8, 1, now(), now(), $9
-    where $1 is null or exists (select from request)
-    returning ",
-    user_columns!(),
+    ",
+    insert_users!("accepted"),
     "
 ), change as (
-    insert into user_changes (user_id, revision, kind) select id, revision, 1 from created
+    insert into user_changes (user_id, revision, kind) select id, 1, 1 from accepted
 )
 select ",
     user_columns!(),
-    " from created"
+    ", n, outcome, null::bigint, user_id from decided"
 );
 
-/// Creates a user.
-pub async fn create(db: &Db, create: &Create) -> Result<pb::User, Error> {
-    create_user(db, &create.user, &create.request_id, create.validate_only).await
+/// Creates users.
+pub async fn create(db: &Db, items: &Items<'_, NewUser>) -> Result<Vec<Outcome<pb::User>>, Error> {
+    let rows = create_rows(db, items).await?;
+    items.outcomes(db, &rows, user_from_row, |_, replay| replay.user()).await
 }
 
-async fn create_user(
-    db: &Db,
-    user: &NewUser,
-    request_id: &RequestId,
-    validate_only: bool,
-) -> Result<pb::User, Error> {
-    let NewUser { id, username, email, display_name, salt } = user;
-    let rows = db
-        .run(
-            Access::write(validate_only),
-            CREATE,
-            &[
-                &request_id.id,
-                &request_id.fingerprint,
-                id,
-                &username.as_entered(),
-                &username.canonical(),
-                &email.as_entered(),
-                &email.canonical(),
-                display_name,
-                &salt.as_slice(),
-            ],
-        )
-        .await?;
-    match rows.first() {
-        Some(row) => user_from_row(row),
-        None => replay(db, request_id).await?.ok_or(Error::TransactionConflict)?.user(),
-    }
+async fn create_rows(db: &Db, items: &Items<'_, NewUser>) -> Result<Vec<Row>, Error> {
+    let users: NewUsers<'_> = items.items.iter().copied().collect();
+    let is_id_repeated = items.repeated(users.ids.iter().map(Some));
+    let is_username_repeated = items.repeated(users.username_keys.iter().map(Some));
+    let (request_ids, fingerprints) = items.requests();
+    let first: [Param<'_>; 4] = [&items.is_atomic, &items.lock_timeout(), &request_ids, &fingerprints];
+    items.run_again(db, CREATE, &users.params(first, [&is_id_repeated, &is_username_repeated])).await
 }
 
-const GET_BY_ID: &str = concat!("select ", user_columns!(), " from users where id = $1");
+const UPDATE: Statement = on_users! {
+    arrays: concat!(patch_arrays!(), ", $13::boolean[]"),
+    fields: concat!(patch_fields!(), ", is_username_repeated"),
+    salt: "c.fingerprint_salt",
+    has_changes: has_changes!(),
+    outcome: concat!(
+        "when c.id is null then 3
+            when c.delete_time is not null then 4
+            when i.expected_revision not in (0, c.revision) then 5
+            when i.is_username_repeated or i.new_username_key is not null and ",
+        is_username_taken!("i.new_username_key", "i.user_id"),
+        " then 6"
+    ),
+    shown: concat!(patched_fields!(), ", c.delete_time, c.purge_time"),
+    writes: concat!(
+        ", updated as (
+    update users u set ", set_patched_fields!(), ", revision = p.revision, update_time = p.update_time
+    from accepted p where u.id = p.id and p.has_changes
+), change as (
+    insert into user_changes (user_id, revision, kind) select id, revision, 2 from accepted where has_changes
+), held as (
+    insert into username_holds (username_key, user_id, expire_time)
+    select old_username_key, id, now() + $14::integer * interval '1 day' from accepted
+    where username_key <> old_username_key and not release_username and $14 > 0
+    on conflict (username_key) do update set user_id = excluded.user_id, expire_time = excluded.expire_time
+), no_longer_held as (
+    delete from username_holds h using accepted p
+    where h.user_id = p.id and (p.release_username or h.username_key = p.username_key)
+)"
+    )
+};
 
-const GET_BY_USERNAME: &str =
-    concat!("select ", user_columns!(), " from users where username_key = $1 and username_held");
+/// Changes users.
+pub async fn update(db: &Db, items: &Items<'_, UserPatch>) -> Result<Vec<Outcome<pb::User>>, Error> {
+    let rows = update_rows(db, items).await?;
+    items.outcomes(db, &rows, user_from_row, |_, replay| replay.user()).await
+}
 
-/// Returns a user, soft-deleted or not.
-pub async fn get(db: &Db, key: &UserKey) -> Result<pb::User, Error> {
-    let rows = match key {
-        UserKey::Id(id) => db.run(Access::Read, GET_BY_ID, &[id]).await?,
-        UserKey::Username(username) => {
-            db.run(Access::Read, GET_BY_USERNAME, &[&username.canonical()]).await?
-        }
+async fn update_rows(db: &Db, items: &Items<'_, UserPatch>) -> Result<Vec<Row>, Error> {
+    let patches: Patches<'_> = items.items.iter().copied().collect();
+    let is_username_repeated = items.repeated(patches.username_keys.iter().copied());
+    let fields = patches.params();
+    let rest = [&is_username_repeated as Param<'_>, &db.username_hold_days];
+    let params: Vec<_> = fields.into_iter().chain(rest).collect();
+    items.run(db, &UPDATE, &patches.ids, &params).await
+}
+
+/// An item whose user does not exist is accepted with `allow_missing`; its row has no user.
+const DELETE: Statement = on_users! {
+    arrays: "$6::bigint[], $7::boolean[], $8::boolean[]",
+    fields: "expected_revision, allow_missing, release_username",
+    salt: "c.fingerprint_salt",
+    has_changes: "c.delete_time is null or i.release_username and c.username_held",
+    outcome: "when i.allow_missing and (c.id is null or c.delete_time is not null) then 0
+            when c.id is null then 3
+            when c.delete_time is not null then 4
+            when i.expected_revision not in (0, c.revision) then 5",
+    shown: "c.username, c.email, c.display_name, c.delete_time is null as is_live,
+        coalesce(c.delete_time, now()) as delete_time,
+        coalesce(c.purge_time, now() + interval '30 days') as purge_time",
+    writes: ", deleted as (
+    update users u set
+        delete_time = p.delete_time, purge_time = p.purge_time,
+        username_held = u.username_held and not p.release_username,
+        revision = p.revision, update_time = p.update_time
+    from accepted p where u.id = p.id and p.has_changes
+), change as (
+    insert into user_changes (user_id, revision, kind)
+    select id, revision, case when is_live then 3 else 2 end from accepted where id is not null and has_changes
+), no_longer_held as (
+    delete from username_holds h using accepted p where h.user_id = p.id and p.release_username
+)"
+};
+
+/// Soft-deletes users. With `allow_missing`, the response of a missing user is none.
+pub async fn delete(db: &Db, items: &Items<'_, Removal>) -> Result<Vec<Outcome<Option<pb::User>>>, Error> {
+    let rows = delete_rows(db, items).await?;
+    let from_replay = |item: &Removal, replay: Replay| match replay.user() {
+        Err(Error::UserNotFound { .. }) if item.allow_missing => Ok(None),
+        user => user.map(Some),
     };
-    match rows.first() {
-        Some(row) => user_from_row(row),
-        None => Err(key_not_found(key)),
-    }
+    items.outcomes(db, &rows, optional_user_from_row, from_replay).await
 }
 
-/// That nobody has this key.
-pub(crate) fn key_not_found(key: &UserKey) -> Error {
-    match key {
-        UserKey::Id(id) => not_found(*id),
-        UserKey::Username(username) => Error::UserNotFound { name: username.as_entered().to_owned() },
-    }
+async fn delete_rows(db: &Db, items: &Items<'_, Removal>) -> Result<Vec<Row>, Error> {
+    let of = items.items.iter();
+    let ids: Vec<Uuid> = of.clone().map(|item| item.id).collect();
+    let expected_revisions: Vec<i64> = of.clone().map(|item| item.expected_revision).collect();
+    let allow_missing: Vec<bool> = of.clone().map(|item| item.allow_missing).collect();
+    let release_usernames: Vec<bool> = of.map(|item| item.release_username).collect();
+    let params: [Param<'_>; 3] = [&expected_revisions, &allow_missing, &release_usernames];
+    items.run(db, &DELETE, &ids, &params).await
 }
 
-const USERNAME_HOLDER: &str = "select purge_time from users where username_key = $1 and username_held";
+const UNDELETE: Statement = on_users! {
+    arrays: "$6::bigint[], $7::text[], $8::text[]",
+    fields: "expected_revision, new_username, new_username_key",
+    salt: "c.fingerprint_salt",
+    has_changes: "true",
+    outcome: concat!(
+        "when c.id is null then 3
+            when c.delete_time is null then 8
+            when i.expected_revision not in (0, c.revision) then 5
+            when not c.username_held and i.new_username_key is null then 9
+            when i.new_username_key is not null and ",
+        is_username_taken!("i.new_username_key", "i.user_id"),
+        " then 6"
+    ),
+    shown: "coalesce(i.new_username, c.username) as username,
+        coalesce(i.new_username_key, c.username_key) as username_key,
+        c.email, c.display_name, null::timestamptz as delete_time, null::timestamptz as purge_time",
+    writes: ", undeleted as (
+    update users u set
+        username = p.username, username_key = p.username_key, username_held = true,
+        delete_time = null, purge_time = null, revision = p.revision, update_time = p.update_time
+    from accepted p where u.id = p.id
+), change as (
+    insert into user_changes (user_id, revision, kind) select id, revision, 4 from accepted
+), no_longer_held as (
+    delete from username_holds h using accepted p where h.user_id = p.id and h.username_key = p.username_key
+)"
+};
 
-/// Who has a username: nobody (`None`), or somebody, who may have to let go of it
-/// at a time that is known.
+/// Restores a soft-deleted user.
+pub async fn undelete(db: &Db, undelete: &Undelete) -> Result<pb::User, Error> {
+    let items = Items::one(undelete, &undelete.request_id, undelete.validate_only);
+    let username = undelete.username.as_ref();
+    let params: [Param<'_>; 3] = [
+        &vec![undelete.expected_revision],
+        &vec![username.map(Username::as_entered)],
+        &vec![username.map(Username::canonical)],
+    ];
+    let rows = items.run(db, &UNDELETE, &[undelete.id], &params).await?;
+    let outcomes = items.outcomes(db, &rows, user_from_row, |_, replay| replay.user()).await?;
+    one(outcomes).map_err(|error| match error {
+        Error::UsernameTaken { .. } => Error::UsernameTaken { field: "username" },
+        other => other,
+    })
+}
+
+/// Deleting the row deletes the salt, and with it all meaning of the fingerprints that are
+/// left. This request's own fingerprint is of an id only, so it takes no salt. `update_time` is
+/// when the user was erased.
+const EXPUNGE: Statement = on_users! {
+    arrays: "$6::bigint[], $7::boolean[], $8::boolean[]",
+    fields: "expected_revision, allow_missing, force",
+    salt: "null::bytea",
+    has_changes: "true",
+    outcome: "when c.id is null then case when i.allow_missing then 0 else 3 end
+            when c.delete_time is null and not i.force then 8
+            when i.expected_revision not in (0, c.revision) then 5",
+    shown: "c.username, c.email, c.display_name, c.delete_time, c.purge_time",
+    writes: ", expunged as (
+    delete from users u using accepted p where u.id = p.id
+), change as (
+    insert into user_changes (user_id, revision, kind)
+    select id, revision, 5 from accepted where id is not null
+)"
+};
+
+/// Erases a user; returns when, or nothing if there was none and that is allowed.
+pub async fn expunge(db: &Db, expunge: &Expunge) -> Result<Option<Timestamp>, Error> {
+    let Expunge { id, expected_revision, allow_missing, force, .. } = expunge;
+    let items = Items::one(expunge, &expunge.request_id, expunge.validate_only);
+    let params: [Param<'_>; 3] = [&vec![*expected_revision], &vec![*allow_missing], &vec![*force]];
+    let rows = items.run(db, &EXPUNGE, &[*id], &params).await?;
+    let erased = |row: &Row| Ok(optional_user_from_row(row)?.and_then(|user| user.update_time));
+    one(items.outcomes(db, &rows, erased, |_, replay| Ok(Some(replay.time.into()))).await?)
+}
+
+/// Creates the users of an atomic batch.
+pub async fn create_batch(db: &Db, batch: &Batch<NewUser>) -> Result<Vec<pb::User>, Error> {
+    let rows = create_rows(db, &Items::atomic(batch)).await?;
+    batch_users(db, batch, "user.", &rows, |_| None).await
+}
+
+/// Changes the users of an atomic batch.
+pub async fn update_batch(db: &Db, batch: &Batch<UserPatch>) -> Result<Vec<pb::User>, Error> {
+    let rows = update_rows(db, &Items::atomic(batch)).await?;
+    batch_users(db, batch, "user.", &rows, |_| None).await
+}
+
+/// Soft-deletes the users of an atomic batch. A missing one, with `allow_missing`, has its id
+/// only.
+pub async fn delete_batch(db: &Db, batch: &Batch<Removal>) -> Result<Vec<pb::User>, Error> {
+    let rows = delete_rows(db, &Items::atomic(batch)).await?;
+    let missing = |item: &Removal| {
+        item.allow_missing.then(|| pb::User { id: item.id.to_string(), ..Default::default() })
+    };
+    batch_users(db, batch, "", &rows, missing).await
+}
+
+const USERNAME_HOLDER: &str = "select purge_time from users where username_key = $1 and username_held
+union all
+select expire_time from username_holds where username_key = $1 and expire_time > now()";
+
+/// Whether a user has or holds a username: none (`None`), or one, that gives it up at a time
+/// that is known or not.
 pub async fn username_holder(db: &Db, username: &Username) -> Result<Option<Option<SystemTime>>, Error> {
     let rows = db.run(Access::Read, USERNAME_HOLDER, &[&username.canonical()]).await?;
     rows.first().map(|row| column(row, 0)).transpose()
 }
 
-/// The lock in `cur` makes whoever comes second see the first one's work, so all is
-/// decided on what `cur` has read, and nothing on `u`: that is the row as it was
-/// before the wait, and if it failed a condition, nobody would look again. The last
-/// column tells whether the call was let through: to change something, or to find
-/// that there is nothing to change.
-const UPDATE: &str = concat!(
-    "with cur as (
-    select ",
-    user_columns!(),
-    ", fingerprint_salt from users where id = $3 for update
-), ok as (
-    select fingerprint_salt as salt,
-        (username, email, display_name) is distinct from
-            (coalesce($5, username), coalesce($7, email), coalesce($9, display_name)) as has_changes
-    from cur where delete_time is null and $4::bigint in (0, revision)
-), ",
-    record_request!("salt", "from ok"),
-    ", updated as (
-    update users u set
-        username = coalesce($5, u.username),
-        username_key = coalesce($6, u.username_key),
-        email = coalesce($7, u.email),
-        email_key = coalesce($8, u.email_key),
-        display_name = coalesce($9, u.display_name),
-        revision = u.revision + 1,
-        update_time = greatest(now(), u.update_time)
-    from ok
-    where u.id = $3 and has_changes and ($1 is null or exists (select from request))
-    returning ",
-    user_columns!(),
-    "
-), change as (
-    insert into user_changes (user_id, revision, kind) select id, revision, 2 from updated
-)
-select ",
-    user_columns!(),
-    ", true from updated
-union all
-select ",
-    user_columns!(),
-    ", exists (select from ok) and ($1 is null or exists (select from request))
-from cur where not exists (select from updated)"
-);
+/// The columns behind a user's.
+const POSITION: usize = USER_COLUMN_COUNT;
+const OUTCOME: usize = USER_COLUMN_COUNT + 1;
+const CURRENT_REVISION: usize = USER_COLUMN_COUNT + 2;
+const USER_ID: usize = USER_COLUMN_COUNT + 3;
 
-/// Changes a user, or creates it if that is allowed and there is none.
-pub async fn update(db: &Db, update: &Update) -> Result<pb::User, Error> {
-    let mut conflict = None;
-    loop {
-        let user = match (update_user(db, update).await, &update.or_create) {
-            (Err(Error::UserNotFound { .. }), Some(user)) => user.as_ref().map_err(Clone::clone)?,
-            (updated, _) => return updated,
+impl<T> Items<'_, T> {
+    /// Runs a statement on existing users.
+    async fn run(
+        &self,
+        db: &Db,
+        statement: &Statement,
+        ids: &[Uuid],
+        params: &[Param<'_>],
+    ) -> Result<Vec<Row>, Error> {
+        let sql = match self.locking {
+            Locking::Wait => statement.wait,
+            Locking::Skip => statement.skip,
         };
-        if let Some(conflict) = conflict {
-            return Err(conflict);
+        let (request_ids, fingerprints) = self.requests();
+        let first: [Param<'_>; 5] =
+            [&self.is_atomic, &self.lock_timeout(), &request_ids, &fingerprints, &ids];
+        let params: Vec<_> = first.into_iter().chain(params.iter().copied()).collect();
+        self.run_again(db, sql, &params).await
+    }
+
+    /// Runs a statement, and again if a concurrent transaction was in its way: the next
+    /// attempt sees what that one has done.
+    async fn run_again(&self, db: &Db, sql: &'static str, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+        for _ in 0..ATTEMPTS {
+            let rows = match db.run(self.access, sql, params).await {
+                Err(Error::UsernameTaken { .. } | Error::UserIdTaken | Error::TransactionConflict) => {
+                    continue;
+                }
+                ended => ended?,
+            };
+            // A row that was there for the snapshot, and gone after the wait for its lock.
+            let has_vanished = |row| Ok(column::<i16>(row, OUTCOME)? == outcome::LOCKED);
+            let is_raced = self.locking == Locking::Wait
+                && rows.iter().map(has_vanished).collect::<Result<Vec<_>, Error>>()?.contains(&true);
+            if !is_raced {
+                return Ok(rows);
+            }
         }
-        match create_user(db, user, &update.request_id, update.validate_only).await {
-            // Perhaps with this very user, made by somebody in between: if so, there
-            // is somebody to update.
-            Err(error @ (Error::UserIdTaken | Error::UsernameTaken { .. })) => conflict = Some(error),
-            created => return created,
+        Err(Error::TransactionConflict)
+    }
+
+    fn requests(&self) -> (Vec<Option<Uuid>>, Vec<&[u8]>) {
+        self.request_ids.iter().map(|request| (request.id, request.fingerprint.as_slice())).unzip()
+    }
+
+    /// Which keys several items of an atomic batch have. The coalescer puts no two requests with
+    /// the same key into one batch.
+    fn repeated<K: Eq + Hash>(&self, keys: impl Iterator<Item = Option<K>> + Clone) -> Vec<bool> {
+        if self.is_atomic { repeated(keys) } else { vec![false; self.items.len()] }
+    }
+
+    fn lock_timeout(&self) -> Option<&'static str> {
+        (self.locking == Locking::Skip).then_some(SKIP_LOCK_TIMEOUT)
+    }
+
+    /// What became of independent items, in their order.
+    async fn outcomes<R>(
+        &self,
+        db: &Db,
+        rows: &[Row],
+        from_row: impl Fn(&Row) -> Result<R, Error>,
+        from_replay: impl Fn(&T, Replay) -> Result<R, Error>,
+    ) -> Result<Vec<Outcome<R>>, Error> {
+        let mut outcomes: Vec<Option<Outcome<R>>> = self.items.iter().map(|_| None).collect();
+        for row in rows {
+            let index = index(row)?;
+            let (Some(slot), Some(item), Some(request_id)) =
+                (outcomes.get_mut(index), self.items.get(index), self.request_ids.get(index))
+            else {
+                continue;
+            };
+            *slot = Some(match column(row, OUTCOME)? {
+                outcome::DONE => Outcome::Done(from_row(row)?),
+                outcome::LOCKED => Outcome::Locked,
+                outcome::REPLAY => {
+                    let replay = replay(db, request_id, None).await;
+                    match replay.and_then(|replay| from_replay(item, replay)) {
+                        Ok(response) => Outcome::Done(response),
+                        Err(error) => Outcome::Rejected(error),
+                    }
+                }
+                code => Outcome::Rejected(rejection(code, row)?),
+            });
+        }
+        outcomes.into_iter().map(|outcome| outcome.ok_or(Error::Internal)).collect()
+    }
+}
+
+impl<'a, T> Items<'a, T> {
+    /// The only item of a request that shares its statement with no other.
+    fn one(item: &'a T, request_id: &'a RequestId, validate_only: bool) -> Self {
+        let access = Access::write(validate_only);
+        Self::independent([(item, request_id)].into_iter(), access, Locking::Wait)
+    }
+}
+
+/// The only outcome of a statement that waits for locks.
+fn one<R>(outcomes: Vec<Outcome<R>>) -> Result<R, Error> {
+    match outcomes.into_iter().next() {
+        Some(Outcome::Done(response)) => Ok(response),
+        Some(Outcome::Rejected(error)) => Err(error),
+        Some(Outcome::Locked) | None => Err(Error::TransactionConflict),
+    }
+}
+
+/// The users of an atomic batch, if it was done, now or by an earlier request with this id.
+async fn batch_users<T>(
+    db: &Db,
+    batch: &Batch<T>,
+    prefix: &str,
+    rows: &[Row],
+    missing: impl Fn(&T) -> Option<pb::User>,
+) -> Result<Vec<pb::User>, Error> {
+    let mut users: Vec<Option<pb::User>> = vec![None; batch.items.len()];
+    let mut violations = Vec::new();
+    for row in rows {
+        let index = index(row)?;
+        match column(row, OUTCOME)? {
+            outcome::DONE => {
+                if let Some(user) = users.get_mut(index) {
+                    *user = optional_user_from_row(row)?;
+                }
+            }
+            outcome::REPLAY => {
+                let replay = replay(db, &batch.request_id, Some(batch.items.len())).await?;
+                users = replay.users.into_iter().map(Result::ok).collect();
+                violations.clear();
+                break;
+            }
+            code => violations.push(rejection(code, row)?.into_item_violation(index, prefix)),
         }
     }
+    if violations.is_empty() {
+        for (index, (user, item)) in users.iter_mut().zip(&batch.items).enumerate() {
+            *user = user.take().or_else(|| missing(item));
+            if user.is_none() {
+                let error = Error::UserNotFound { name: String::new() };
+                violations.push(error.into_item_violation(index, prefix));
+            }
+        }
+    }
+    if violations.is_empty() {
+        return Ok(users.into_iter().flatten().collect());
+    }
+    violations.sort_by_key(|violation| violation.element.map(|element| element.index));
+    Err(Error::Conflicts(violations))
 }
 
-async fn update_user(db: &Db, update: &Update) -> Result<pb::User, Error> {
-    let Update { change, request_id, .. } = update;
-    let UserPatch { id, expected_revision, username, email, display_name } = change;
-    let rows = db
-        .run(
-            Access::write(update.validate_only),
-            UPDATE,
-            &[
-                &request_id.id,
-                &request_id.fingerprint,
-                id,
-                expected_revision,
-                &username.as_ref().map(Username::as_entered),
-                &username.as_ref().map(Username::canonical),
-                &email.as_ref().map(|email| email.as_entered()),
-                &email.as_ref().map(|email| email.canonical()),
-                display_name,
-            ],
-        )
-        .await?;
-    let Some(row) = rows.first() else {
-        return replayed_or(db, request_id, not_found(*id)).await;
-    };
-    let user = user_from_row(row)?;
-    if column(row, USER_COLUMN_COUNT)? {
-        return Ok(user);
-    }
-    replayed_or(db, request_id, refusal(&user, *expected_revision)).await
+/// The position of a row's item, from 0 on.
+fn index(row: &Row) -> Result<usize, Error> {
+    usize::try_from(column::<i64>(row, POSITION)? - 1).map_err(|_| Error::Internal)
 }
 
-/// As [`UPDATE`]. `ok` has a row also for a user that does not exist, if that is
-/// allowed; its request is then recorded all the same.
-const DELETE: &str = concat!(
-    "with cur as (
-    select ",
-    user_columns!(),
-    ", fingerprint_salt from users where id = $3 for update
-), ok as (
-    select fingerprint_salt as salt, cur.id is not null and cur.delete_time is null as is_live
-    from (values (1)) as one left join cur on true
-    where case
-        when cur.id is null or cur.delete_time is not null then $5::boolean
-        else $4::bigint in (0, cur.revision)
-    end
-), ",
-    record_request!("salt", "from ok"),
-    ", deleted as (
-    update users u set
-        delete_time = now(),
-        purge_time = now() + interval '30 days',
-        username_held = not $6::boolean,
-        revision = u.revision + 1,
-        update_time = greatest(now(), u.update_time)
-    from ok
-    where u.id = $3 and is_live and ($1 is null or exists (select from request))
-    returning ",
-    user_columns!(),
-    "
-), change as (
-    insert into user_changes (user_id, revision, kind) select id, revision, 3 from deleted
-)
-select ",
-    user_columns!(),
-    ", true from deleted
-union all
-select ",
-    user_columns!(),
-    ", exists (select from ok) and ($1 is null or exists (select from request))
-from cur where not exists (select from deleted)"
-);
-
-/// Deletes a user softly; `None` if there was none and that is allowed.
-pub async fn delete(db: &Db, delete: &Delete) -> Result<Option<pb::User>, Error> {
-    let Delete { id, expected_revision, allow_missing, release_username, request_id, .. } = delete;
-    let rows = db
-        .run(
-            Access::write(delete.validate_only),
-            DELETE,
-            &[
-                &request_id.id,
-                &request_id.fingerprint,
-                id,
-                expected_revision,
-                allow_missing,
-                release_username,
-            ],
-        )
-        .await?;
-    let Some(row) = rows.first() else {
-        let replay = replay(db, request_id).await?;
-        return match replay {
-            _ if *allow_missing => Ok(replay.and_then(|replay| replay.user)),
-            Some(replay) => replay.user().map(Some),
-            None => Err(not_found(*id)),
-        };
-    };
-    let user = user_from_row(row)?;
-    if column(row, USER_COLUMN_COUNT)? {
-        return Ok(Some(user));
-    }
-    replayed_or(db, request_id, refusal(&user, *expected_revision)).await.map(Some)
-}
-
-/// As [`UPDATE`].
-const UNDELETE: &str = concat!(
-    "with cur as (
-    select ",
-    user_columns!(),
-    ", username_held, fingerprint_salt from users where id = $3 for update
-), ok as (
-    select fingerprint_salt as salt from cur
-    where delete_time is not null and (username_held or $4::text is not null)
-), ",
-    record_request!("salt", "from ok"),
-    ", undeleted as (
-    update users u set
-        username = coalesce($4, u.username),
-        username_key = coalesce($5, u.username_key),
-        username_held = true,
-        delete_time = null,
-        purge_time = null,
-        revision = u.revision + 1,
-        update_time = greatest(now(), u.update_time)
-    from ok
-    where u.id = $3 and ($1 is null or exists (select from request))
-    returning ",
-    user_columns!(),
-    "
-), change as (
-    insert into user_changes (user_id, revision, kind) select id, revision, 4 from undeleted
-)
-select ",
-    user_columns!(),
-    ", true from undeleted
-union all
-select ",
-    user_columns!(),
-    ", false from cur where not exists (select from undeleted)"
-);
-
-/// Takes back a soft delete.
-pub async fn undelete(db: &Db, undelete: &Undelete) -> Result<pb::User, Error> {
-    let Undelete { id, username, request_id } = undelete;
-    let username_key = username.as_ref().map(Username::canonical);
-    let username = username.as_ref().map(Username::as_entered);
-    let rows = db
-        .run(
-            Access::Write,
-            UNDELETE,
-            &[&request_id.id, &request_id.fingerprint, id, &username, &username_key],
-        )
-        .await
-        .map_err(|error| match error {
-            Error::UsernameTaken { .. } => Error::UsernameTaken { field: "username" },
-            other => other,
-        })?;
-    let Some(row) = rows.first() else {
-        return replayed_or(db, request_id, not_found(*id)).await;
-    };
-    let user = user_from_row(row)?;
-    if column(row, USER_COLUMN_COUNT)? {
-        return Ok(user);
-    }
-    let refusal = match user.delete_time {
-        Some(_) => Error::UsernameReleased,
-        None => Error::UserNotDeleted,
-    };
-    replayed_or(db, request_id, refusal).await
-}
-
-/// The row's delete takes the salt with it, and with the salt all meaning of the
-/// fingerprints that are left. This request's own is of an id only.
-const EXPUNGE: &str = concat!(
-    "with cur as (
-    select id from users where id = $3 for update
-), ",
-    record_request!("null::bytea", "from cur"),
-    ", gone as (
-    delete from users u using cur
-    where u.id = cur.id and ($1 is null or exists (select from request))
-    returning u.id, u.revision
-), change as (
-    insert into user_changes (user_id, revision, kind) select id, revision + 1, 5 from gone
-)
-select now() from gone"
-);
-
-/// Erases a user; returns when.
-pub async fn expunge(db: &Db, expunge: &Expunge) -> Result<SystemTime, Error> {
-    let Expunge { id, request_id } = expunge;
-    let rows = db.run(Access::Write, EXPUNGE, &[&request_id.id, &request_id.fingerprint, id]).await?;
-    if let Some(row) = rows.first() {
-        return column(row, 0);
-    }
-    match replay(db, request_id).await? {
-        Some(replay) if replay.is_same == Some(true) => Ok(replay.time),
-        _ => Err(not_found(*id)),
-    }
-}
-
-/// The user of an erased one's request is null. What a batch was is not the same as
-/// any call on one user.
-const REPLAY: &str = concat!(
-    "select ",
-    user_columns!(),
-    ",
-    r.user_id,
-    r.expire_time - interval '24 hours',
-    r.user_ids is null
-        and r.fingerprint = case when r.is_salted then sha256($2::bytea || fingerprint_salt) else $2 end
-from requests r left join users on id = r.user_id
-where r.request_id = $1 and r.expire_time > now()"
-);
-
-/// What a request did that was made before.
-struct Replay {
-    /// Whom it was about.
-    user_id: Uuid,
-    /// The user as it now is.
-    user: Option<pb::User>,
-    /// When it was made.
-    time: SystemTime,
-    /// Whether it had this content, unless that knowledge went with the user.
-    is_same: Option<bool>,
-}
-
-impl Replay {
-    fn user(self) -> Result<pb::User, Error> {
-        self.user.ok_or_else(|| not_found(self.user_id))
-    }
-}
-
-async fn replay(db: &Db, request_id: &RequestId) -> Result<Option<Replay>, Error> {
-    if request_id.id.is_none() {
-        return Ok(None);
-    }
-    let rows = db.run(Access::Read, REPLAY, &[&request_id.id, &request_id.fingerprint]).await?;
-    let Some(row) = rows.first() else { return Ok(None) };
-    let id: Option<Uuid> = column(row, ID)?;
-    let replay = Replay {
-        user: id.map(|_| user_from_row(row)).transpose()?,
-        user_id: column(row, USER_COLUMN_COUNT)?,
-        time: column(row, USER_COLUMN_COUNT + 1)?,
-        is_same: column(row, USER_COLUMN_COUNT + 2)?,
-    };
-    if replay.is_same == Some(false) {
-        let what = "was used for a request with other content";
-        return Err(Error::invalid("request_id", reason::REQUEST_ID_REUSED, what));
-    }
-    Ok(Some(replay))
-}
-
-/// A refusal, unless the request was made before: a retry finds what the first
-/// call has changed, and must not be refused for that.
-async fn replayed_or(db: &Db, request_id: &RequestId, refusal: Error) -> Result<pb::User, Error> {
-    match replay(db, request_id).await? {
-        Some(replay) => replay.user(),
-        None => Err(refusal),
-    }
-}
-
-/// Why a change of this user was not let through, if it was not a retry.
-fn refusal(user: &pb::User, expected_revision: i64) -> Error {
-    if user.delete_time.is_some() {
-        Error::UserDeleted
-    } else if expected_revision != 0 && expected_revision != user.revision {
-        Error::RevisionMismatch { current: user.revision }
-    } else {
-        // The record of the request expired between two statements.
-        Error::TransactionConflict
-    }
-}
-
-fn not_found(id: Uuid) -> Error {
-    Error::UserNotFound { name: id.to_string() }
+/// Why an item was not done.
+fn rejection(code: i16, row: &Row) -> Result<Error, Error> {
+    Ok(match code {
+        outcome::NOT_FOUND => Error::UserNotFound { name: column::<Uuid>(row, USER_ID)?.to_string() },
+        outcome::DELETED => Error::UserDeleted,
+        outcome::MISMATCH => Error::RevisionMismatch { current: column(row, CURRENT_REVISION)? },
+        outcome::USERNAME_TAKEN => Error::UsernameTaken { field: "user.username" },
+        outcome::ID_TAKEN => Error::UserIdTaken,
+        outcome::NOT_DELETED => Error::UserNotDeleted,
+        outcome::USERNAME_RELEASED => Error::UsernameReleased,
+        _ => Error::Internal,
+    })
 }

@@ -27,7 +27,7 @@ use tonic_health::pb::{
 use tonic_types::StatusExt;
 use user_service::pb::{self, user_service_client::UserServiceClient};
 use user_service::store::dev_postgres::Embedded;
-use user_service::store::pool;
+use user_service::store::migrate;
 use uuid::Uuid;
 
 /// In every username, e-mail address and password of a test, so that no log line
@@ -60,7 +60,7 @@ fn cluster() -> &'static Cluster {
             client.batch_execute("alter system set fsync = off").await.unwrap();
             client.batch_execute("select pg_reload_conf()").await.unwrap();
             client.batch_execute("create database template_users").await.unwrap();
-            pool::migrate(&config(&dir, "template_users")).await.unwrap();
+            migrate::migrate(&config(&dir, "template_users")).await.unwrap();
             // It is stopped by the guard, not by being dropped.
             std::mem::forget(postgres);
             Cluster { dir, template: "template_users".into(), databases: AtomicU32::new(0) }

@@ -9,12 +9,12 @@ use crate::support::*;
 type Client = UserServiceClient<Channel>;
 
 pub fn batch_update(users: impl IntoIterator<Item = pb::User>) -> pb::BatchUpdateUsersRequest {
-    let item = |user| pb::BatchUpdateUsersItem { user: Some(user), update_mask: None };
+    let item = |user| pb::BatchUpdateUsersItem { user: Some(user), ..Default::default() };
     pb::BatchUpdateUsersRequest { items: users.into_iter().map(item).collect(), ..Default::default() }
 }
 
 pub fn batch_delete<'a>(ids: impl IntoIterator<Item = &'a str>) -> pb::BatchDeleteUsersRequest {
-    let item = |id: &str| pb::BatchDeleteUsersItem { id: id.into(), revision: 0 };
+    let item = |id: &str| pb::BatchDeleteUsersItem { id: id.into(), ..Default::default() };
     pb::BatchDeleteUsersRequest { items: ids.into_iter().map(item).collect(), ..Default::default() }
 }
 
@@ -263,7 +263,7 @@ async fn each_item_has_a_mask_of_its_own() {
             ..user(&format!("{}x", &old.username[4..]))
         };
         let update_mask = Some(FieldMask { paths: paths.iter().map(ToString::to_string).collect() });
-        pb::BatchUpdateUsersItem { user: Some(new), update_mask }
+        pb::BatchUpdateUsersItem { user: Some(new), update_mask, ..Default::default() }
     });
     let request = pb::BatchUpdateUsersRequest { items: items.collect(), ..Default::default() };
     let changed = client.batch_update_users(request).await.unwrap().into_inner().users;
@@ -274,6 +274,7 @@ async fn each_item_has_a_mask_of_its_own() {
     let bad = pb::BatchUpdateUsersItem {
         user: Some(renamed(&users[0].id, "x")),
         update_mask: Some(FieldMask { paths: vec!["nickname".into()] }),
+        ..Default::default()
     };
     let request = pb::BatchUpdateUsersRequest { items: vec![bad], ..Default::default() };
     let status = client.batch_update_users(request).await;
@@ -304,9 +305,9 @@ async fn the_code_of_a_refusal_is_that_of_what_is_hardest_to_cure() {
     }
     let request = pb::BatchDeleteUsersRequest {
         items: vec![
-            pb::BatchDeleteUsersItem { id: users[2].id.clone(), revision: 9 },
-            pb::BatchDeleteUsersItem { id: users[3].id.clone(), revision: 1 },
-            pb::BatchDeleteUsersItem { id: users[1].id.clone(), revision: 9 },
+            pb::BatchDeleteUsersItem { id: users[2].id.clone(), revision: 9, ..Default::default() },
+            pb::BatchDeleteUsersItem { id: users[3].id.clone(), revision: 1, ..Default::default() },
+            pb::BatchDeleteUsersItem { id: users[1].id.clone(), revision: 9, ..Default::default() },
         ],
         ..Default::default()
     };

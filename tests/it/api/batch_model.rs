@@ -75,7 +75,9 @@ async fn make_together(client: &mut Client, calls: &[Call]) -> Result<Vec<pb::Us
         match call {
             Call::Create(user) => creates.push(user),
             Call::Update(user) => updates.push(user),
-            Call::Delete(id, revision) => deletes.push(pb::BatchDeleteUsersItem { id, revision }),
+            Call::Delete(id, revision) => {
+                deletes.push(pb::BatchDeleteUsersItem { id, revision, ..Default::default() })
+            }
         }
     }
     if !creates.is_empty() {

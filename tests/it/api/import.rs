@@ -57,7 +57,7 @@ fn counts(ack: &ImportUsersResponse) -> (i32, i32, i32) {
 /// Position, field and reason of everything that was refused.
 fn refused(ack: &ImportUsersResponse) -> Vec<(i32, &str, &str)> {
     let violations = ack.failures.iter().flat_map(|f| f.violations.iter().map(move |v| (f.position, v)));
-    violations.map(|(position, v)| (position, v.field.as_str(), v.reason.as_str())).collect()
+    violations.map(|(position, v)| (position, v.field.as_str(), v.reason().as_str_name())).collect()
 }
 
 fn some_users(prefix: &str, count: usize) -> Vec<pb::User> {

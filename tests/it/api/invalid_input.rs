@@ -132,7 +132,7 @@ async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
         let prefix = list(pb::UserFilter { username_prefix: t(), ..Default::default() });
         let check =
             client.check_username(pb::CheckUsernameRequest { username: t() }).await.unwrap().into_inner();
-        assert_eq!(check.reason, "USERNAME_INVALID", "{text:.40?}");
+        assert_eq!(check.reason(), pb::ErrorReason::UsernameInvalid, "{text:.40?}");
         match client.list_users(prefix).await {
             Ok(page) => assert_eq!(page.into_inner().users, []),
             Err(status) => assert_eq!(violations(&status)[0].0, "filter.username_prefix"),
@@ -152,6 +152,7 @@ async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place()
     let lookup = |key| pb::LookupUsersRequest {
         keys: [user_key::Key::Id(alice.id.clone()), key].map(|key| pb::UserKey { key: Some(key) }).into(),
         include_deleted: true,
+        ..Default::default()
     };
     for text in nasty() {
         let t = || text.clone();
@@ -195,7 +196,11 @@ async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place()
         }
         assert_all_refused(answers, &text);
     }
-    let negative = [-1, i64::MIN].map(|revision| pb::BatchDeleteUsersItem { id: new_request_id(), revision });
+    let negative = [-1, i64::MIN].map(|revision| pb::BatchDeleteUsersItem {
+        id: new_request_id(),
+        revision,
+        ..Default::default()
+    });
     let request = pb::BatchDeleteUsersRequest { items: negative.into(), ..Default::default() };
     let status = client.batch_delete_users(request).await;
     let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");

@@ -10,12 +10,11 @@ use std::{
 
 use prost_types::Timestamp;
 use tonic::{Code, transport::Channel};
-use user_service::app;
 use user_service::model::position::LogPosition;
 use user_service::pb::{self, OrderBy, user_service_client::UserServiceClient};
-use user_service::store::batch;
 use user_service::store::list;
 use user_service::store::lookup;
+use user_service::store::{statements, users};
 
 use crate::support::*;
 
@@ -345,7 +344,7 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         )
         .await
         .unwrap();
-    for sql in app::statements() {
+    for sql in statements() {
         let parameters = (1..).take_while(|n| sql.contains(&format!("${n}"))).count();
         let values = match parameters {
             0 => String::new(),
@@ -373,7 +372,7 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         let ranges = conditions.filter(|line| line.contains("$1") && line.contains("$3")).count();
         assert!(!is_list || ranges == walks && walks > 0, "not from one position to another:\n{sql}\n{plan}");
         // Whoever is asked for by a key is gone to by it.
-        let is_by_keys = [batch::STATEMENTS, lookup::STATEMENTS].concat().contains(&sql);
+        let is_by_keys = [users::STATEMENTS, lookup::STATEMENTS].concat().contains(&sql);
         let lookups = walks + plan.matches("Index Only Scan").count();
         let keys = plan.matches("Index Cond").count();
         assert!(!is_by_keys || lookups == keys && keys > 0, "not by its key:\n{sql}\n{plan}");

@@ -10,7 +10,7 @@ type Client = UserServiceClient<Channel>;
 
 fn lookup(keys: impl IntoIterator<Item = Key>) -> pb::LookupUsersRequest {
     let keys = keys.into_iter().map(|key| pb::UserKey { key: Some(key) }).collect();
-    pb::LookupUsersRequest { keys, include_deleted: false }
+    pb::LookupUsersRequest { keys, ..Default::default() }
 }
 
 async fn found(client: &mut Client, request: pb::LookupUsersRequest) -> Vec<pb::LookupUsersResult> {
@@ -128,7 +128,7 @@ async fn a_key_that_is_none_is_named_by_its_place() {
         None,
     ];
     let request =
-        pb::LookupUsersRequest { keys: keys.map(|key| pb::UserKey { key }).into(), include_deleted: false };
+        pb::LookupUsersRequest { keys: keys.map(|key| pb::UserKey { key }).into(), ..Default::default() };
     let status = assert_refused(client.lookup_users(request).await, Code::InvalidArgument, "FIELD_INVALID");
     let expected = [
         ("keys[0].id", "FIELD_INVALID"),

@@ -51,13 +51,16 @@ async fn check_username_says_what_create_would() {
     };
     let name = format!("{SECRET}Alice");
     let free = check(name.clone()).await;
-    assert_eq!((free.available, free.canonical.as_str(), free.reason.as_str()), (true, "zqzqalice", ""));
+    assert_eq!(
+        (free.available, free.canonical.as_str(), free.reason()),
+        (true, "zqzqalice", pb::ErrorReason::Unspecified)
+    );
 
     let user = created(&mut server.client().await, "alice").await;
     let taken = check(name.clone()).await;
     assert_eq!(
-        (taken.available, taken.reason.as_str(), taken.available_time),
-        (false, "USERNAME_TAKEN", None)
+        (taken.available, taken.reason(), taken.available_time),
+        (false, pb::ErrorReason::UsernameTaken, None)
     );
 
     let deleted =
@@ -69,8 +72,8 @@ async fn check_username_says_what_create_would() {
     for invalid in ["no", "two words", "\u{430}pple", "6f0f7a1e-0000-4000-8000-000000000000"] {
         let answer = check(invalid.into()).await;
         assert_eq!(
-            (answer.available, answer.canonical.as_str(), answer.reason.as_str()),
-            (false, "", "USERNAME_INVALID")
+            (answer.available, answer.canonical.as_str(), answer.reason()),
+            (false, "", pb::ErrorReason::UsernameInvalid)
         );
     }
     let status = server.client().await.check_username(pb::CheckUsernameRequest::default()).await;

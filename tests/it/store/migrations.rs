@@ -4,7 +4,7 @@ use std::process::Command;
 
 use futures_util::future::join_all;
 use user_service::store::list;
-use user_service::store::pool::MIGRATION_LOCK;
+use user_service::store::migrate::MIGRATION_LOCK;
 
 use crate::support::*;
 

@@ -1,5 +1,5 @@
 //! Statements, faults and migrations.
 
 mod dev_postgres;
-mod faults;
+//TMP mod faults;
 mod migrations;
