@@ -13,6 +13,7 @@
 mod api;
 mod cli;
 mod feed;
+mod layers;
 /// The example is the client under test.
 #[path = "../../examples/mirror.rs"]
 mod mirror;
