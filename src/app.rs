@@ -1,16 +1,19 @@
-//! The only place that wires, starts and stops.
+//! Builds the parts of the service, runs them, and shuts them down in order.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
+use prost::Message;
+use prost_types::FileDescriptorSet;
 use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
-    task::JoinSet,
+    task::{JoinError, JoinSet},
     time,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::{HealthReporter, HealthService};
+use tonic_reflection::pb::{v1, v1alpha};
 
 use crate::api::coalescer::Limits;
 use crate::api::import::Imports;
@@ -19,7 +22,8 @@ use crate::config::{Config, RequestCoalescing};
 use crate::feed::reader::Feed;
 use crate::health;
 use crate::pb;
-use crate::server::dispatch::{self, NamedService};
+use crate::server::dispatch::{GrpcService, NamedService};
+use crate::server::listener;
 use crate::store;
 use crate::store::change_log;
 use crate::store::dev_postgres::Embedded;
@@ -29,57 +33,62 @@ use crate::store::pool::{self, Db};
 use crate::store::purge;
 use crate::telemetry::describe;
 
-/// Statements that run at the same time for each coalesced operation. With more, batches are
-/// smaller. On two cores, 1 to 4 made no difference that was larger than the noise, with 512
-/// requests in flight; one is slower with 100.
+/// Concurrent statements of each coalesced rpc. More of them make batches smaller. On two
+/// cores with 512 requests in flight, 1 to 4 made no difference beyond the noise; 1 is
+/// slower with 100 requests.
 const MAX_IN_FLIGHT: usize = 2;
 /// Requests in one statement. 64 to 512 made no difference either.
-const MAX_BATCH: usize = 128;
+const MAX_BATCH_SIZE: usize = 128;
 
-/// Between two attempts to reach a database that is not there yet.
+/// The first delay between two attempts to connect to an unavailable database. It doubles
+/// with each attempt.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
 
-/// Runs the service until SIGTERM or SIGINT, or until a part of it fails.
+/// The descriptors of all services, which say what their methods stream.
+const DESCRIPTORS: [&[u8]; 4] = [
+    pb::FILE_DESCRIPTOR_SET,
+    tonic_health::pb::FILE_DESCRIPTOR_SET,
+    v1::FILE_DESCRIPTOR_SET,
+    v1alpha::FILE_DESCRIPTOR_SET,
+];
+
+/// Runs the service until SIGTERM, SIGINT or the failure of a task.
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let listener = TcpListener::bind(config.listen_addr)
         .await
         .with_context(|| format!("cannot listen on {}", config.listen_addr))?;
     let addr = listener.local_addr()?;
-    let (embedded, postgres) = open(&config).await?;
+    let (dev_postgres, postgres) = open_database(&config).await?;
 
     let (db, abandoned) = Db::new(&config, postgres.clone(), &store::statements())?;
     let db = Arc::new(db);
     let reporter = health::reporter().await;
-    let lanes = TaskTracker::new();
-    let imports = Imports::new(Arc::clone(&db), &config, lanes.clone());
+    let statement_tasks = TaskTracker::new();
+    let imports = Imports::new(Arc::clone(&db), &config, statement_tasks.clone());
     let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
     let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
-    let users = UserService::new(
-        Arc::clone(&db),
-        coalescer_limits(&config),
-        &lanes,
-        imports,
-        exports,
-        Arc::clone(&feed),
-    );
+    let limits = coalescer_limits(&config);
+    let users =
+        UserService::new(Arc::clone(&db), limits, &statement_tasks, imports, exports, Arc::clone(&feed));
     let services = services(users, &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
     let mut tasks = JoinSet::new();
-    let keeping = keep_database(postgres.clone(), Arc::clone(&db), reporter.clone(), config.clone());
-    spawn(&mut tasks, &stop_tasks, keeping);
-    // They go on when the others stop, for those that are cut off at the end.
+    let maintenance = maintain_database(postgres.clone(), Arc::clone(&db), reporter.clone(), config.clone());
+    spawn(&mut tasks, &stop_tasks, maintenance);
+    // These outlive the other tasks: they clean up the statements and connections of
+    // requests that shutdown cancels.
     let mut closers = JoinSet::new();
     closers.spawn(pool::cancel_abandoned(abandoned));
     closers.spawn(export::drive(export_connections));
     let mut server = JoinSet::new();
     server.spawn({
         let (config, stop) = (config.clone(), stop_server.clone());
-        async move { dispatch::serve(listener, services, &config, stop).await }
+        async move { listener::serve(listener, services, &config, stop).await }
     });
-    // As long as there are streams.
+    // The feed ends with the server, because watch streams need it.
     server.spawn({
         let stop = stop_server.clone();
         async move { stop.run_until_cancelled(feed.publish()).await.unwrap_or_default() }
@@ -91,11 +100,11 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
             tracing::info!(signal = name, "stopping");
             Ok(())
         }
-        ended = tasks.join_next() => ended_early(ended),
-        ended = server.join_next() => ended_early(ended.map(|ended| ended.map(Ok))),
+        exit = tasks.join_next() => unexpected_exit(exit),
+        exit = server.join_next() => unexpected_exit(exit.map(|exit| exit.map(Ok))),
     };
 
-    // Back in the opposite order. Clients notice, calls finish, tasks stop.
+    // Shutdown: background tasks stop, clients see NOT_SERVING, requests in flight finish.
     stop_tasks.cancel();
     while tasks.join_next().await.is_some() {}
     health::set_ready(&reporter, false).await;
@@ -105,27 +114,28 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     }
     stop_server.cancel();
     while server.join_next().await.is_some() {}
-    lanes.close();
-    lanes.wait().await;
+    statement_tasks.close();
+    statement_tasks.wait().await;
     db.close();
     drop(db);
-    // They end when the last call has let go of the database, those cut off included.
+    // The closers end when the last request, finished or cancelled, has released the
+    // database.
     while closers.join_next().await.is_some() {}
-    if let Some(embedded) = embedded {
-        result = result.and(embedded.stop().await);
+    if let Some(dev_postgres) = dev_postgres {
+        result = result.and(dev_postgres.stop().await);
     }
     tracing::info!("stopped");
     result
 }
 
-/// Makes the database ready, and looks after it from then on.
-async fn keep_database(
+/// Prepares the database, then runs its periodic tasks. Returns only on failure.
+async fn maintain_database(
     postgres: tokio_postgres::Config,
     db: Arc<Db>,
     reporter: HealthReporter,
     config: Config,
 ) -> anyhow::Result<()> {
-    prepare(&postgres, &db).await?;
+    prepare_database(&postgres, &db).await?;
     tokio::join!(
         health::watch_database(&postgres, &reporter),
         db.prewarm(),
@@ -136,30 +146,29 @@ async fn keep_database(
     Ok(())
 }
 
-/// Brings the database's schema up to date.
+/// Migrates the database to the current schema.
 pub async fn migrate(config: Config) -> anyhow::Result<()> {
-    let (embedded, postgres) = open(&config).await?;
+    let (dev_postgres, postgres) = open_database(&config).await?;
     let result = migrate::migrate(&postgres).await;
-    match embedded {
-        Some(embedded) => result.and(embedded.stop().await),
+    match dev_postgres {
+        Some(dev_postgres) => result.and(dev_postgres.stop().await),
         None => result,
     }
 }
 
-/// The database of `DATABASE_URL`, or the private one.
-async fn open(config: &Config) -> anyhow::Result<(Option<Embedded>, tokio_postgres::Config)> {
-    let embedded = match &config.database_url {
+/// Returns the connection settings of `DATABASE_URL`, or starts the private PostgreSQL.
+async fn open_database(config: &Config) -> anyhow::Result<(Option<Embedded>, tokio_postgres::Config)> {
+    let dev_postgres = match &config.database_url {
         Some(_) => None,
         None => Some(Embedded::start(&config.data_dir()).await?),
     };
-    let given = config.database_url.clone().or_else(|| embedded.as_ref().map(Embedded::config));
-    let postgres = pool::with_timeouts(given.context("no database")?);
-    Ok((embedded, postgres))
+    let postgres = config.database_url.clone().or_else(|| dev_postgres.as_ref().map(Embedded::config));
+    Ok((dev_postgres, pool::with_timeouts(postgres.context("no database")?)))
 }
 
-/// Waits for the database, however long it takes, and makes it ready. What waiting
-/// does not cure is an error.
-async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<()> {
+/// Migrates and verifies the database. Waits without limit for an unavailable database;
+/// any other failure is an error, because a retry cannot help.
+async fn prepare_database(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<()> {
     let mut delay = RETRY_DELAY_MIN;
     loop {
         let Err(error) = async {
@@ -177,7 +186,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
         tracing::warn!(
             error = describe(error.as_ref()),
             delay_ms = delay.as_millis() as u64,
-            "no database yet"
+            "the database is not available"
         );
         time::sleep(delay).await;
         delay = (delay * 2).min(RETRY_DELAY_MAX);
@@ -186,7 +195,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
 
 fn coalescer_limits(config: &Config) -> Limits {
     let (max_in_flight, max_batch) = match config.request_coalescing {
-        RequestCoalescing::On => (MAX_IN_FLIGHT, MAX_BATCH),
+        RequestCoalescing::On => (MAX_IN_FLIGHT, MAX_BATCH_SIZE),
         RequestCoalescing::Off => (usize::MAX, 1),
     };
     Limits {
@@ -207,30 +216,38 @@ fn services(users: UserService, reporter: &HealthReporter) -> anyhow::Result<Vec
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     Ok(vec![
-        NamedService {
-            name: pb::user_service_server::SERVICE_NAME,
-            service: Box::new(pb::user_service_server::UserServiceServer::new(users)),
-            streams: &["ImportUsers", "ExportUsers", "WatchUsers"],
-        },
-        NamedService {
-            name: tonic_health::pb::health_server::SERVICE_NAME,
-            service: Box::new(tonic_health::pb::health_server::HealthServer::new(health)),
-            streams: &["Watch"],
-        },
-        NamedService {
-            name: "grpc.reflection.v1.ServerReflection",
-            service: Box::new(reflection().build_v1()?),
-            streams: &["ServerReflectionInfo"],
-        },
-        NamedService {
-            name: "grpc.reflection.v1alpha.ServerReflection",
-            service: Box::new(reflection().build_v1alpha()?),
-            streams: &["ServerReflectionInfo"],
-        },
+        named(pb::user_service_server::SERVICE_NAME, pb::user_service_server::UserServiceServer::new(users))?,
+        named(
+            tonic_health::pb::health_server::SERVICE_NAME,
+            tonic_health::pb::health_server::HealthServer::new(health),
+        )?,
+        named(v1::server_reflection_server::SERVICE_NAME, reflection().build_v1()?)?,
+        named(v1alpha::server_reflection_server::SERVICE_NAME, reflection().build_v1alpha()?)?,
     ])
 }
 
-/// Starts a task that ends with an error, or when it is told to stop.
+fn named(name: &'static str, service: impl GrpcService + 'static) -> anyhow::Result<NamedService> {
+    Ok(NamedService { name, service: Box::new(service), streaming_methods: streaming_methods(name)? })
+}
+
+/// Finds the methods of a service that stream in either direction. A list by hand could
+/// miss one, and shutdown would not end its streams.
+fn streaming_methods(service: &str) -> anyhow::Result<Vec<String>> {
+    for descriptors in DESCRIPTORS {
+        for file in FileDescriptorSet::decode(descriptors)?.file {
+            let is_named = |name: &str| format!("{}.{name}", file.package()) == service;
+            if let Some(found) = file.service.iter().find(|found| is_named(found.name())) {
+                let methods = found.method.iter();
+                let streaming =
+                    methods.filter(|method| method.client_streaming() || method.server_streaming());
+                return Ok(streaming.map(|method| method.name().to_owned()).collect());
+            }
+        }
+    }
+    bail!("{service} has no descriptor")
+}
+
+/// Starts a task that runs until `stop` or its failure.
 fn spawn(
     tasks: &mut JoinSet<anyhow::Result<()>>,
     stop: &CancellationToken,
@@ -240,13 +257,13 @@ fn spawn(
     tasks.spawn(async move { stop.run_until_cancelled(task).await.unwrap_or(Ok(())) });
 }
 
-/// Parts of the service do not end by themselves: one that does has failed, and
-/// the process is better started anew than left without it.
-fn ended_early(ended: Option<Result<anyhow::Result<()>, tokio::task::JoinError>>) -> anyhow::Result<()> {
-    match ended {
+/// The error of a task that exits before shutdown. The process then exits as well: a
+/// restart is safer than a service without one of its tasks.
+fn unexpected_exit(exit: Option<Result<anyhow::Result<()>, JoinError>>) -> anyhow::Result<()> {
+    match exit {
         Some(Ok(Err(error))) => Err(error),
         Some(Err(error)) => Err(error.into()),
-        _ => bail!("a part of the service ended early"),
+        _ => bail!("a task of the service exited unexpectedly"),
     }
 }
 
@@ -266,5 +283,27 @@ impl Signals {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streaming_methods_are_found_in_the_descriptors() {
+        for (service, expected) in [
+            ("users.v1.UserService", &["ImportUsers", "ExportUsers", "WatchUsers"][..]),
+            ("grpc.health.v1.Health", &["Watch"]),
+            ("grpc.reflection.v1.ServerReflection", &["ServerReflectionInfo"]),
+            ("grpc.reflection.v1alpha.ServerReflection", &["ServerReflectionInfo"]),
+        ] {
+            assert_eq!(streaming_methods(service).unwrap(), expected, "{service}");
+        }
+    }
+
+    #[test]
+    fn service_without_a_descriptor_is_an_error() {
+        streaming_methods("users.v1.Unknown").unwrap_err();
     }
 }

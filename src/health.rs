@@ -1,5 +1,5 @@
-//! Health as `grpc.health.v1` and Kubernetes know it. Every name is NOT_SERVING
-//! until the opposite was seen.
+//! Readiness and liveness, as `grpc.health.v1` and the probes of Kubernetes define them.
+//! The service is NOT_SERVING until a database check has succeeded.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -10,20 +10,20 @@ use crate::pb;
 use crate::store::pool;
 use crate::telemetry::describe;
 
-/// How often the database is asked.
-const INTERVAL: Duration = Duration::from_millis(500);
-/// How long it may take to answer.
-const TIMEOUT: Duration = Duration::from_secs(1);
+/// The time between two database checks.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a check may take.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Whether the server accepts writes, which a standby does not.
+/// True if PostgreSQL accepts writes; a standby does not.
 const IS_WRITABLE: &str = "select not pg_is_in_recovery()";
 
-/// The names that mean: send me calls.
+/// The health service names for readiness: the server accepts requests.
 const READINESS: [&str; 2] = ["", pb::user_service_server::SERVICE_NAME];
-/// The name that means: do not restart me.
+/// The health service name for liveness: the process needs no restart.
 const LIVENESS: &str = "liveness";
 
-/// A reporter that says: alive, not ready.
+/// Creates a reporter whose state is: live, not ready.
 pub async fn reporter() -> HealthReporter {
     let reporter = HealthReporter::new();
     set_ready(&reporter, false).await;
@@ -31,7 +31,7 @@ pub async fn reporter() -> HealthReporter {
     reporter
 }
 
-/// Says whether calls are welcome.
+/// Sets the readiness.
 pub async fn set_ready(reporter: &HealthReporter, is_ready: bool) {
     let status = if is_ready { ServingStatus::Serving } else { ServingStatus::NotServing };
     for name in READINESS {
@@ -39,44 +39,44 @@ pub async fn set_ready(reporter: &HealthReporter, is_ready: bool) {
     }
 }
 
-/// Keeps readiness true to the database, for ever.
+/// Updates readiness from the state of the database. Never returns.
 ///
-/// It asks on a connection of its own: that all connections of the pool are busy
-/// does not mean that the database is gone.
+/// The checks have their own connection, because a busy pool does not mean that the
+/// database is unavailable.
 pub async fn watch_database(postgres: &tokio_postgres::Config, reporter: &HealthReporter) {
     let mut is_ready = false;
     loop {
-        let Err(error) = ask_database(postgres, reporter, &mut is_ready).await;
+        let Err(error) = check_database(postgres, reporter, &mut is_ready).await;
         if is_ready {
-            tracing::warn!(error = describe(error.as_ref()), "not ready: the database does not answer");
+            tracing::warn!(error = describe(error.as_ref()), "not ready: the database check failed");
             set_ready(reporter, false).await;
             is_ready = false;
         }
-        time::sleep(INTERVAL).await;
+        time::sleep(CHECK_INTERVAL).await;
     }
 }
 
-/// Asks again and again, until there is no good answer.
-async fn ask_database(
+/// Checks the database on one connection, until a check fails.
+async fn check_database(
     postgres: &tokio_postgres::Config,
     reporter: &HealthReporter,
     is_ready: &mut bool,
 ) -> anyhow::Result<Infallible> {
     let (client, connection) = pool::connect(postgres).await?;
-    let asking = async {
+    let checks = async {
         loop {
-            let row = time::timeout(TIMEOUT, client.query_one(IS_WRITABLE, &[])).await??;
-            anyhow::ensure!(row.try_get::<_, bool>(0)?, "it is a standby");
+            let row = time::timeout(CHECK_TIMEOUT, client.query_one(IS_WRITABLE, &[])).await??;
+            anyhow::ensure!(row.try_get::<_, bool>(0)?, "the database is a standby");
             if !*is_ready {
-                tracing::info!("ready: the database answers");
+                tracing::info!("ready: the database check succeeded");
                 set_ready(reporter, true).await;
                 *is_ready = true;
             }
-            time::sleep(INTERVAL).await;
+            time::sleep(CHECK_INTERVAL).await;
         }
     };
     tokio::select! {
-        failed = asking => failed,
-        () = connection => anyhow::bail!("the connection broke"),
+        error = checks => error,
+        () = connection => anyhow::bail!("the connection was closed"),
     }
 }

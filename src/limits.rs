@@ -1,4 +1,4 @@
-//! How many streams of a kind there may be at once.
+//! The limit on concurrent streams of one kind.
 
 use std::sync::Arc;
 
@@ -6,23 +6,23 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::Error;
 
-/// The places for streams of one kind.
+/// Limits the number of concurrent streams of one kind.
 pub struct StreamLimiter {
-    what: &'static str,
+    kind: &'static str,
     limit: usize,
-    free: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
 }
 
 impl StreamLimiter {
-    /// So many for what is called so, such as "exports".
-    pub fn new(what: &'static str, limit: usize) -> Self {
-        Self { what, limit, free: Arc::new(Semaphore::new(limit)) }
+    /// Allows `limit` concurrent streams. `kind`, such as "exports", names them in errors.
+    pub fn new(kind: &'static str, limit: usize) -> Self {
+        Self { kind, limit, permits: Arc::new(Semaphore::new(limit)) }
     }
 
-    /// A place, which is free again when this is dropped; or a refusal that names the
-    /// limit.
+    /// Takes a permit, which is released when it is dropped. Fails at once, with an
+    /// error that names the limit, if there is none.
     pub fn acquire(&self) -> Result<OwnedSemaphorePermit, Error> {
-        let refusal = |_| Error::TooManyStreams { what: self.what, limit: self.limit };
-        Arc::clone(&self.free).try_acquire_owned().map_err(refusal)
+        let rejection = |_| Error::TooManyStreams { what: self.kind, limit: self.limit };
+        Arc::clone(&self.permits).try_acquire_owned().map_err(rejection)
     }
 }

@@ -1,4 +1,4 @@
-//! The log.
+//! Log set-up, and the text of errors in the log.
 
 use std::error::Error;
 
@@ -19,8 +19,8 @@ pub fn init(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An error and its causes. Of what PostgreSQL says, the state, the message and
-/// the constraint, never the detail, which repeats values.
+/// Formats an error and its causes. An error of PostgreSQL appears with its SQLSTATE,
+/// message and constraint, but without its detail, which contains column values.
 pub fn describe(error: &(dyn Error + 'static)) -> String {
     let texts: Vec<String> = Chain::new(error)
         .map(|error| match error.downcast_ref::<DbError>() {

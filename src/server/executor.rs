@@ -1,10 +1,10 @@
-//! A connection and its calls as one task.
+//! The executor that runs a connection and its requests as one task.
 //!
-//! hyper hands each call to an executor. As tasks of the runtime, the calls of a
-//! connection are taken by other threads, and all of them then wait for the lock of
-//! its HTTP/2 state. Here they are polled by whoever polls their connection: that is
-//! one thread at a time, and a group's answers to many calls wake one task. A
-//! connection thereby takes no more than one core.
+//! hyper spawns the handling of each request on an executor. If each were a task of the
+//! runtime, other threads would take the requests of a connection, and all of them would
+//! contend for the lock of its HTTP/2 state. Here the task of the connection polls its
+//! requests too, so one thread at a time does both, and a coalesced statement that
+//! answers many requests wakes one task. The price: a connection uses at most one core.
 
 use std::{
     future::{Future, poll_fn},
@@ -26,58 +26,59 @@ use futures_util::{
 use hyper::rt::Executor;
 use tokio::sync::mpsc;
 
-/// How often a future that wakes itself is polled before it is others' turn.
+/// How often a future that wakes itself is polled before it yields to other tasks.
 const MAX_POLLS: usize = 8;
 
-/// Takes the calls of a connection.
+/// Receives the requests of one connection from hyper.
 #[derive(Clone)]
-pub struct Calls(mpsc::UnboundedSender<BoxFuture<'static, ()>>);
+pub struct ConnectionExecutor(mpsc::UnboundedSender<BoxFuture<'static, ()>>);
 
-impl Calls {
-    /// And what runs them.
+impl ConnectionExecutor {
+    /// Returns the executor, and the future that runs its requests.
     fn new() -> (Self, BoxFuture<'static, ()>) {
-        let (calls, mut begun) = mpsc::unbounded_channel();
-        let begun = stream::poll_fn(move |cx| begun.poll_recv(cx));
-        (Self(calls), begun.for_each_concurrent(None, |call| call).boxed())
+        let (sender, mut receiver) = mpsc::unbounded_channel();
+        let requests = stream::poll_fn(move |cx| receiver.poll_recv(cx));
+        (Self(sender), requests.for_each_concurrent(None, |request| request).boxed())
     }
 }
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Calls {
-    fn execute(&self, call: F) {
-        // `server.rs` answers a panic of a service; one in what is sent later costs this
-        // call and no other.
-        let call = AssertUnwindSafe(call).catch_unwind().map(drop);
-        // They are received for as long as the connection is polled.
-        let _ = self.0.send(call.boxed());
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for ConnectionExecutor {
+    fn execute(&self, request: F) {
+        // `dispatch.rs` turns the panic of a service into a response. A panic later, in
+        // the body of a response, fails this request only.
+        let request = AssertUnwindSafe(request).catch_unwind().map(drop);
+        // The receiver lives as long as the connection, so this cannot fail.
+        let _ = self.0.send(request.boxed());
     }
 }
 
-/// Runs a connection together with its calls. They end with it.
-pub async fn with_calls<C: Future>(connection: impl FnOnce(Calls) -> C) -> C::Output {
-    let (calls, running) = Calls::new();
-    let connection = pin!(connection(calls));
-    match until_it_rests(future::select(connection, running)).await {
+/// Runs a connection together with its requests. When the connection ends, its requests
+/// are dropped.
+pub async fn with_executor<C: Future>(connection: impl FnOnce(ConnectionExecutor) -> C) -> C::Output {
+    let (executor, requests) = ConnectionExecutor::new();
+    let connection = pin!(connection(executor));
+    match poll_until_idle(future::select(connection, requests)).await {
         Either::Left((output, _)) => output,
-        // There will be no more calls.
+        // The connection has dropped its executor: there are no more requests.
         Either::Right(((), connection)) => connection.await,
     }
 }
 
-/// Polls a future until it waits for others. If a part of it woke another in the
-/// meantime, as a call does that has something to send, it is polled again at once.
-/// The runtime, asked for that, would wake another thread to do it.
-async fn until_it_rests<F: Future + Unpin>(mut future: F) -> F::Output {
-    let bell = Arc::new(Bell::default());
-    let waker = Waker::from(Arc::clone(&bell));
+/// Polls a future until it is idle: waits for something outside of itself. If one part
+/// wakes another during a poll, as a request does that has data to send, the future is
+/// polled again at once. Passing that wake-up to the runtime would wake another thread.
+async fn poll_until_idle<F: Future + Unpin>(mut future: F) -> F::Output {
+    let flag = Arc::new(WakeFlag::default());
+    let waker = Waker::from(Arc::clone(&flag));
     poll_fn(|cx| {
-        bell.task.register(cx.waker());
+        flag.task.register(cx.waker());
         for _ in 0..MAX_POLLS {
-            bell.state.swap(POLLED, Ordering::AcqRel);
+            flag.state.swap(POLLING, Ordering::AcqRel);
             if let Poll::Ready(output) = future.poll_unpin(&mut Context::from_waker(&waker)) {
                 return Poll::Ready(output);
             }
-            let rests = bell.state.compare_exchange(POLLED, RESTS, Ordering::AcqRel, Ordering::Acquire);
-            if rests.is_ok() {
+            let idle = flag.state.compare_exchange(POLLING, IDLE, Ordering::AcqRel, Ordering::Acquire);
+            if idle.is_ok() {
                 return Poll::Pending;
             }
         }
@@ -87,32 +88,32 @@ async fn until_it_rests<F: Future + Unpin>(mut future: F) -> F::Output {
     .await
 }
 
-const RESTS: u8 = 0;
-const POLLED: u8 = 1;
-const WOKEN: u8 = 2;
+const IDLE: u8 = 0;
+const POLLING: u8 = 1;
+const NOTIFIED: u8 = 2;
 
-/// Wakes the task of a future that rests, and remembers that one was woken which is
-/// being polled.
+/// Wakes the task if its future is idle. During a poll, records that the future must be
+/// polled again.
 #[derive(Default)]
-struct Bell {
+struct WakeFlag {
     state: AtomicU8,
     task: AtomicWaker,
 }
 
-impl Wake for Bell {
+impl Wake for WakeFlag {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if self.state.swap(WOKEN, Ordering::AcqRel) == RESTS {
+        if self.state.swap(NOTIFIED, Ordering::AcqRel) == IDLE {
             self.task.wake();
         }
     }
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, clippy::panic, reason = "those who wake are tasks; one call panics")]
+#[expect(clippy::disallowed_methods, clippy::panic, reason = "a test spawns tasks, and one request panics")]
 mod tests {
     use std::sync::atomic::AtomicUsize;
 
@@ -120,7 +121,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts how often its task was woken.
+    /// Counts the wake-ups of a task.
     #[derive(Default)]
     struct Count(AtomicUsize);
 
@@ -130,7 +131,7 @@ mod tests {
         }
     }
 
-    /// Polls once, and tells how often that woke the task.
+    /// Polls once; returns the result and the number of wake-ups of the task.
     fn poll<F: Future + Unpin>(future: &mut F) -> (Poll<F::Output>, usize) {
         let count = Arc::new(Count::default());
         let polled = future.poll_unpin(&mut Context::from_waker(&Waker::from(Arc::clone(&count))));
@@ -138,65 +139,65 @@ mod tests {
     }
 
     #[test]
-    fn what_calls_and_connection_tell_each_other_takes_no_turn_of_the_task() {
-        let (ask, asked) = oneshot::channel();
-        let (answer, answered) = oneshot::channel();
-        let mut connection = with_calls(|calls| async move {
-            calls.execute(async move { answer.send(asked.await.unwrap() + 1).unwrap() });
-            ask.send(1).unwrap();
-            answered.await.unwrap()
+    fn wake_ups_within_a_connection_do_not_wake_its_task() {
+        let (request, received) = oneshot::channel();
+        let (response, responded) = oneshot::channel();
+        let mut connection = with_executor(|executor| async move {
+            executor.execute(async move { response.send(received.await.unwrap() + 1).unwrap() });
+            request.send(1).unwrap();
+            responded.await.unwrap()
         })
         .boxed();
         assert_eq!(poll(&mut connection), (Poll::Ready(2), 0));
     }
 
     #[test]
-    fn who_wakes_itself_for_ever_leaves_the_others_their_turn() {
+    fn future_that_always_wakes_itself_yields_to_other_tasks() {
         let mut polls = 0;
-        let mut restless = until_it_rests(poll_fn(|cx| {
+        let mut future = poll_until_idle(poll_fn(|cx| {
             polls += 1;
             cx.waker().wake_by_ref();
             Poll::<()>::Pending
         }))
         .boxed_local();
-        assert_eq!(poll(&mut restless), (Poll::Pending, 1));
-        drop(restless);
+        assert_eq!(poll(&mut future), (Poll::Pending, 1));
+        drop(future);
         assert_eq!(polls, MAX_POLLS);
     }
 
     #[test]
-    fn a_panic_costs_one_call() {
-        let (answer, answered) = oneshot::channel();
-        let mut connection = with_calls(|calls| async move {
-            calls.execute(async { panic!("a secret") });
-            calls.execute(async move { answer.send(1).unwrap() });
-            answered.await.unwrap()
+    fn panic_fails_one_request() {
+        let (response, responded) = oneshot::channel();
+        let mut connection = with_executor(|executor| async move {
+            executor.execute(async { panic!("a secret") });
+            executor.execute(async move { response.send(1).unwrap() });
+            responded.await.unwrap()
         })
         .boxed();
         assert_eq!(poll(&mut connection).0, Poll::Ready(1));
     }
 
     #[test]
-    fn calls_end_with_their_connection() {
-        let (_answer, answered) = oneshot::channel::<()>();
-        let (under_way, is_under_way) = oneshot::channel();
-        let (gone, has_gone) = oneshot::channel::<()>();
-        let mut connection = with_calls(|calls| async move {
-            calls.execute(async move {
-                let _gone = gone;
-                under_way.send(()).unwrap();
-                let _ = answered.await;
+    fn requests_are_dropped_with_their_connection() {
+        let (_response, responded) = oneshot::channel::<()>();
+        let (started, has_started) = oneshot::channel();
+        let (alive, was_dropped) = oneshot::channel::<()>();
+        let mut connection = with_executor(|executor| async move {
+            executor.execute(async move {
+                let _alive = alive;
+                started.send(()).unwrap();
+                let _ = responded.await;
             });
-            is_under_way.await.unwrap();
+            has_started.await.unwrap();
         })
         .boxed();
         assert_eq!(poll(&mut connection).0, Poll::Ready(()));
         drop(connection);
-        assert!(has_gone.now_or_never().unwrap().is_err());
+        assert!(was_dropped.now_or_never().unwrap().is_err());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-    async fn no_wake_is_lost_whenever_it_comes() {
+    async fn no_wake_up_is_lost() {
         const WAKERS: usize = 8;
         const WAKES: usize = 20_000;
         let (send, mut receive) = mpsc::channel(1);
@@ -209,9 +210,9 @@ mod tests {
             });
         }
         drop(send);
-        let received = with_calls(|calls| async move {
+        let received = with_executor(|executor| async move {
             let (done, is_done) = oneshot::channel();
-            calls.execute(async move {
+            executor.execute(async move {
                 let mut count = 0;
                 while receive.recv().await.is_some() {
                     count += 1;

@@ -1,4 +1,6 @@
-//! From a TCP connection to the request of an rpc.
+//! The gRPC server: from a TCP connection to a request of a service.
 
+pub mod connection;
 pub mod dispatch;
 pub mod executor;
+pub mod listener;

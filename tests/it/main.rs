@@ -11,11 +11,12 @@
 )]
 
 mod api;
-//TMP mod cli;
-//TMP mod feed;
-//TMP /// The example is the client under test.
-//TMP #[path = "../../examples/mirror.rs"]
-//TMP mod mirror;
+mod cli;
+mod feed;
+mod layers;
+/// The example is the client under test.
+#[path = "../../examples/mirror.rs"]
+mod mirror;
 mod server;
 mod store;
 mod support;

@@ -1,4 +1,4 @@
-//! The service comes when it can, says how it is, and goes without a bang.
+//! Start, health, connection limits, and shutdown.
 
 use std::{
     process::{Command, Stdio},
@@ -20,7 +20,7 @@ use user_service::store::dev_postgres::Embedded;
 
 use crate::support::*;
 
-/// Runs the binary to its end.
+/// Runs the binary; returns whether it succeeded, and its standard error.
 fn run(args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
     command.args(args).env_clear().envs(settings.iter().copied()).stdin(Stdio::null());
@@ -29,7 +29,7 @@ fn run(args: &[&str], settings: &[(&str, &str)]) -> (bool, String) {
 }
 
 #[tokio::test]
-async fn without_its_database_the_service_lives_is_not_ready_and_gets_ready_by_itself() {
+async fn service_without_a_database_is_live_and_becomes_ready_when_the_database_starts() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let url = format!("postgres://postgres@{}/postgres", dir.path().to_str().unwrap().replace('/', "%2F"));
     let server = Server::spawn(&[("DATABASE_URL", &url)]).await;
@@ -50,11 +50,11 @@ async fn without_its_database_the_service_lives_is_not_ready_and_gets_ready_by_i
 }
 
 #[tokio::test]
-async fn sigterm_under_load_fails_no_call_that_was_accepted() {
+async fn sigterm_under_load_fails_no_accepted_request() {
     let database = Database::migrated().await;
     let mut server = Server::start(&database, &[("DRAIN_DELAY_MS", "100")]).await;
-    // It never says a word, and must not keep the service.
-    let mut silent = TcpStream::connect(&server.addr).await.unwrap();
+    // An idle connection must not delay shutdown.
+    let mut idle = TcpStream::connect(&server.addr).await.unwrap();
     let writers = (0..16).map(|writer| {
         let addr = server.addr.clone();
         tokio::spawn(async move {
@@ -65,10 +65,10 @@ async fn sigterm_under_load_fails_no_call_that_was_accepted() {
             let mut acknowledged = Vec::new();
             for n in 0.. {
                 let name = format!("w{writer}n{n}");
-                let call = client.create_user(create(user(&name)));
-                match tokio::time::timeout(Duration::from_secs(60), call).await {
-                    Ok(Ok(answer)) => acknowledged.push(answer.into_inner().user.unwrap().username),
-                    // The first call that is not accepted.
+                let request = client.create_user(create(user(&name)));
+                match tokio::time::timeout(Duration::from_secs(60), request).await {
+                    Ok(Ok(response)) => acknowledged.push(response.into_inner().user.unwrap().username),
+                    // The first request that is not accepted.
                     _ => return (acknowledged, format!("{SECRET}{name}")),
                 }
             }
@@ -85,25 +85,25 @@ async fn sigterm_under_load_fails_no_call_that_was_accepted() {
     let mut total = 0;
     let admin = database.connect().await;
     for writer in join_all(writers).await {
-        let (acknowledged, refused) = writer.unwrap();
+        let (acknowledged, rejected) = writer.unwrap();
         total += acknowledged.len();
-        // Had it been accepted, it would be there.
-        let found = admin.query("select from users where username = $1", &[&refused]).await.unwrap();
-        assert_eq!(found.len(), 0, "{refused} was accepted and not answered");
+        // An accepted request would have created the user.
+        let found = admin.query("select from users where username = $1", &[&rejected]).await.unwrap();
+        assert_eq!(found.len(), 0, "{rejected} was accepted without a response");
     }
     assert_eq!(usize::try_from(rows().await).unwrap(), total);
-    assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0);
+    assert_eq!(idle.read(&mut [0]).await.unwrap_or(0), 0);
 }
 
 #[tokio::test]
-async fn while_it_drains_the_service_is_not_ready_and_still_serves() {
+async fn draining_service_is_not_ready_and_still_serves() {
     let database = Database::migrated().await;
     let mut server = Server::start(&database, &[("DRAIN_DELAY_MS", "600000")]).await;
     let mut client = server.client().await;
     let mut health = HealthClient::new(server.channel().await);
     let mut watch = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
-    // A stream that neither side would ever end.
+    // Neither the client nor the service ends this stream by itself.
     let mut reflection = ServerReflectionClient::new(server.channel().await);
     let reflection = reflection.server_reflection_info(futures_util::stream::pending()).await.unwrap();
     let mut reflection = reflection.into_inner();
@@ -113,53 +113,58 @@ async fn while_it_drains_the_service_is_not_ready_and_still_serves() {
     assert_eq!(server.health("liveness").await, Some(ServingStatus::Serving));
     created(&mut client, "alice").await;
     created(&mut server.client().await, "bob").await;
-    // A second signal skips the delay; the streams end.
-    let asked = Instant::now();
+    // A second signal skips the drain delay, and the streams end.
+    let signalled = Instant::now();
     server.signal("INT");
     assert!(!matches!(watch.message().await, Ok(Some(_))));
     assert!(!matches!(reflection.message().await, Ok(Some(_))));
     assert!(server.ended().await.success());
-    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(10), "{:?}", signalled.elapsed());
 }
 
 #[tokio::test]
-async fn what_does_not_finish_within_the_grace_is_cancelled() {
+async fn requests_are_cancelled_after_the_shutdown_grace_period() {
     let database = Database::migrated().await;
     let mut server = Server::start(&database, &[("SHUTDOWN_GRACE_MS", "100")]).await;
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
     let holder = database.connect().await;
     holder.batch_execute("begin; select from users for update").await.unwrap();
-    let stuck = tokio::spawn(async move { client.update_user(rename(&id, "New")).await });
-    eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
-    let asked = Instant::now();
+    let blocked = tokio::spawn(async move { client.update_user(rename(&id, "New")).await });
+    eventually("the statement waits for the row lock", async || {
+        (database.count(WAITING).await == 1).then_some(())
+    })
+    .await;
+    let signalled = Instant::now();
     server.signal("TERM");
     assert!(server.ended().await.success());
-    // The cancellation may still be on its way.
-    eventually("so is its statement", async || (database.count(WAITING).await == 0).then_some(())).await;
-    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
-    stuck.await.unwrap().unwrap_err();
+    // PostgreSQL may process the cancellation later.
+    eventually("the statement is cancelled", async || (database.count(WAITING).await == 0).then_some(()))
+        .await;
+    assert!(signalled.elapsed() < Duration::from_secs(10), "{:?}", signalled.elapsed());
+    blocked.await.unwrap().unwrap_err();
 }
 
 #[tokio::test]
 async fn connections_beyond_the_limit_are_closed_at_once() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("MAX_CONNECTIONS", "3")]).await;
-    // One more than there is room for is closed; the others wait for us to speak.
-    let held: Vec<_> = join_all((0..4).map(|_| TcpStream::connect(&server.addr))).await;
-    let mut held: Vec<_> = held.into_iter().map(Result::unwrap).collect();
-    let ends = held.iter_mut().map(|stream| Box::pin(async { stream.read(&mut [0]).await.unwrap_or(0) }));
+    // The fourth connection is closed. The others wait for the preface.
+    let connections: Vec<_> = join_all((0..4).map(|_| TcpStream::connect(&server.addr))).await;
+    let mut connections: Vec<_> = connections.into_iter().map(Result::unwrap).collect();
+    let ends =
+        connections.iter_mut().map(|stream| Box::pin(async { stream.read(&mut [0]).await.unwrap_or(0) }));
     let (read, _, others) = futures_util::future::select_all(ends).await;
     assert_eq!((read, others.len()), (0, 3));
     drop(others);
-    held.clear();
+    connections.clear();
     server.wait_until("", ServingStatus::Serving).await;
 }
 
 #[tokio::test]
-async fn a_connection_that_says_too_little_is_closed_after_a_while() {
+async fn connection_without_a_complete_preface_is_closed_after_a_timeout() {
     let (server, _) = server().await;
-    let talk = |text: &'static [u8]| {
+    let send = |text: &'static [u8]| {
         let addr = server.addr.clone();
         async move {
             let mut stream = TcpStream::connect(addr).await.unwrap();
@@ -167,9 +172,9 @@ async fn a_connection_that_says_too_little_is_closed_after_a_while() {
             stream.read(&mut [0]).await.unwrap_or(0)
         }
     };
-    let ends = join_all([talk(b""), talk(b"P"), talk(b"PRI * HTTP/2.0\r\n")]);
+    let ends = join_all([send(b""), send(b"P"), send(b"PRI * HTTP/2.0\r\n")]);
     assert_eq!(tokio::time::timeout(Duration::from_secs(60), ends).await.unwrap(), [0, 0, 0]);
-    // What is not HTTP/2 at all is closed at once.
+    // A connection that is not HTTP/2 is closed at once.
     let mut stream = TcpStream::connect(&server.addr).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n").await.unwrap();
     let closed = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut Vec::new())).await;
@@ -178,43 +183,46 @@ async fn a_connection_that_says_too_little_is_closed_after_a_while() {
 }
 
 #[tokio::test]
-async fn a_connection_that_has_not_spoken_yet_does_not_keep_the_service() {
+async fn connection_without_a_preface_does_not_delay_shutdown() {
     let (mut server, _) = server().await;
-    let _silent = TcpStream::connect(&server.addr).await.unwrap();
-    // Connections are accepted in their order.
+    let _idle = TcpStream::connect(&server.addr).await.unwrap();
+    // Connections are accepted in order, so this request proves that the first one was.
     server.client().await.get_user(by_id(&new_request_id())).await.unwrap_err();
-    let asked = Instant::now();
+    let signalled = Instant::now();
     server.signal("TERM");
     assert!(server.ended().await.success());
-    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(5), "{:?}", signalled.elapsed());
 }
 
 #[tokio::test]
-async fn a_busy_pool_is_no_reason_not_to_be_ready() {
+async fn busy_pool_does_not_affect_readiness() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("POOL_SIZE", "2")]).await;
     let client = server.client().await;
     let id = created(&mut client.clone(), "alice").await.id;
     let holder = database.connect().await;
     holder.batch_execute("begin; select from users for update").await.unwrap();
-    let calls: Vec<_> = (0..4)
+    let requests: Vec<_> = (0..4)
         .map(|_| {
             let (mut client, id) = (client.clone(), id.clone());
             tokio::spawn(async move { client.update_user(rename(&id, "New")).await })
         })
         .collect();
-    eventually("all connections wait", async || (database.count(WAITING).await == 2).then_some(())).await;
-    // The health is looked at twice a second; three seconds would show it.
+    eventually("all connections wait for the row lock", async || {
+        (database.count(WAITING).await == 2).then_some(())
+    })
+    .await;
+    // There are two database checks a second: one would fail within three seconds.
     let mut health = HealthClient::new(server.channel().await);
     let mut watch = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
     assert!(tokio::time::timeout(Duration::from_secs(3), watch.message()).await.is_err());
     holder.batch_execute("rollback").await.unwrap();
-    assert!(join_all(calls).await.into_iter().all(|call| call.unwrap().is_ok()));
+    assert!(join_all(requests).await.into_iter().all(|request| request.unwrap().is_ok()));
 }
 
 #[tokio::test]
-async fn check_tells_a_container_whether_the_service_is_ready() {
+async fn check_command_reports_readiness_by_its_exit_code() {
     let (mut server, database) = server().await;
     let addr = server.addr.clone();
     let by_name = addr.replace("127.0.0.1", "localhost");
@@ -226,7 +234,7 @@ async fn check_tells_a_container_whether_the_service_is_ready() {
     assert_eq!(run(&["check", "--service", "liveness"], &[("LISTEN_ADDR", &addr)]), (true, String::new()));
     assert!(!run(&["check", "--addr", &addr, "--service", "nope"], &[]).0);
 
-    // The address is taken, which is an error of the start.
+    // An address in use is an error at start.
     let (is_ok, error) = run(&["serve"], &[("DATABASE_URL", &database.url()), ("LISTEN_ADDR", &addr)]);
     assert!(!is_ok && error.contains("cannot listen on"), "{error}");
 

@@ -1,5 +1,5 @@
 //! Statements, faults and migrations.
 
 mod dev_postgres;
-//TMP mod faults;
+mod faults;
 mod migrations;
