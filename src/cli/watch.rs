@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use serde_json::{Map, Value, json};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -21,7 +21,7 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use super::{Filter, args::ServiceAddr, connect, is_retryable, with_suffix};
+use super::{Filter, args::ServiceAddr, connect, explain, is_retryable, with_suffix};
 use crate::config::Config;
 use crate::pb;
 use crate::telemetry::describe;
@@ -73,7 +73,7 @@ pub async fn run(watch: Watch) -> anyhow::Result<()> {
     });
     match print_changes(&watch).await {
         Err(error) if is_broken_pipe(&error) => Ok(()),
-        printed => printed,
+        result => result,
     }
 }
 
@@ -95,7 +95,10 @@ async fn print_changes(watch: &Watch) -> anyhow::Result<()> {
             Err(error) => error,
         };
         if !can_continue(&error) {
-            return Err(error);
+            return match error.downcast_ref::<Status>() {
+                Some(status) => Err(anyhow!("{}", explain(status))),
+                None => Err(error),
+            };
         }
         tracing::warn!(
             error = describe(error.as_ref()),
