@@ -1,4 +1,4 @@
-//! `user-service export`.
+//! `user-service export`: writes the users of a running service to a file.
 
 use std::{
     io::{self, Write},
@@ -11,36 +11,39 @@ use tokio::task;
 use tonic::transport::Channel;
 
 use super::{
-    Filter, connect, explain,
+    Filter,
+    args::ServiceAddr,
+    connect, explain,
     files::{Format, Writer},
-    is_standard, progress_bar, say,
+    is_standard, print_status, progress_bar,
 };
 use crate::pb::{self, user_service_client::UserServiceClient};
 
-/// What `user-service export` is told.
+/// The arguments of `user-service export`.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// Where to write the users; `-` for standard output.
+    /// The file to write; `-` for standard output. An existing file is replaced when the export
+    /// is complete.
     pub file: PathBuf,
 
-    /// Which of those that are not deleted.
+    /// Which users. Soft-deleted users are never exported.
     #[command(flatten)]
     pub filter: Filter,
 
-    /// How to write them [default: what the name ends with, .jsonl or .csv]
+    /// The format of the file [default: by its extension, .jsonl, .ndjson or .csv].
     #[arg(long)]
     pub format: Option<Format>,
 
-    /// The service, as HOST:PORT [default: LISTEN_ADDR, on this machine]
-    #[arg(long)]
-    pub addr: Option<String>,
+    /// The service to export from.
+    #[command(flatten)]
+    pub service: ServiceAddr,
 }
 
-/// Exports users. A file gets its name when it is complete.
-pub async fn run(args: Export, default_addr: String) -> anyhow::Result<()> {
+/// Exports users. The file appears under its name only when it is complete.
+pub async fn run(args: Export) -> anyhow::Result<()> {
     let format = Format::of(&args.file, args.format)?;
     let request = pb::ExportUsersRequest { filter: args.filter.to_pb(None) };
-    let mut client = connect(args.addr.as_ref().unwrap_or(&default_addr)).await?;
+    let mut client = connect(&args.service.addr).await?;
     if is_standard(&args.file) {
         write(&mut client, request, format, io::stdout()).await?.flush().context("cannot write")?;
         return Ok(());
@@ -55,7 +58,8 @@ async fn to_file(
     path: &Path,
 ) -> anyhow::Result<()> {
     let cannot_write = || format!("cannot write {}", path.display());
-    // Beside it, under a name that nobody else has, and for nobody else to read.
+    // A temporary file in the same directory, so that it can be renamed: its name is unique and
+    // its mode is 0600.
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let file = tempfile::Builder::new().suffix(".part").tempfile_in(dir).with_context(cannot_write)?;
     let file = write(client, request, format, file).await?;
@@ -63,7 +67,7 @@ async fn to_file(
     file.persist(path).map(drop).with_context(cannot_write)
 }
 
-/// Writes users to a file, and gives it back.
+/// Writes the users to `file` and returns it.
 async fn write<W: Write + Send + 'static>(
     client: &mut UserServiceClient<Channel>,
     request: pb::ExportUsersRequest,
@@ -76,7 +80,7 @@ async fn write<W: Write + Send + 'static>(
     let bar = progress_bar(None, "{spinner} {human_pos} users {per_sec}");
     let mut watch_token = String::new();
     while let Some(part) = parts.message().await.map_err(failed)? {
-        // Whoever reads standard output may take its time.
+        // A write to standard output blocks while its reader is slow.
         task::block_in_place(|| part.users.iter().try_for_each(|user| writer.write(user)))?;
         bar.inc(part.users.len() as u64);
         if !part.watch_token.is_empty() {
@@ -84,6 +88,9 @@ async fn write<W: Write + Send + 'static>(
         }
     }
     bar.finish_and_clear();
-    say(&format!("{} users exported; a watch can go on from {watch_token}", bar.position()));
+    print_status(&format!(
+        "{} users exported; a watch can continue from resume token {watch_token}",
+        bar.position()
+    ));
     task::block_in_place(|| writer.finish())
 }

@@ -1,4 +1,4 @@
-//! Files of users: JSON Lines and CSV. What was written is read again as it was.
+//! Files of users, in JSON Lines or CSV. An exported file can be imported without a change.
 
 use std::{
     io::{self, BufRead, BufReader, BufWriter, Read, Write},
@@ -12,54 +12,55 @@ use serde::{Deserialize, Serialize, de::IgnoredAny};
 
 use crate::pb;
 
-/// A line has fewer octets than this: what is longer is no user.
-const LINE_MAX_OCTETS: u64 = 64 * 1024;
+/// A line, including its line feed, has fewer bytes than this. The limits of the fields make a
+/// valid user shorter.
+const LINE_MAX_BYTES: u64 = 64 * 1024;
 
-/// What some programs put in front of UTF-8.
+/// Some programs write this before UTF-8 text.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// The fields of a line. The last three are written only: they are the service's
-/// to choose.
+/// The fields of a line. The service chooses the last three: an export writes them, an import
+/// ignores them.
 const FIELDS: [&str; 7] =
     ["id", "username", "email", "display_name", "create_time", "update_time", "revision"];
 
-/// How a file is written.
+/// The format of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Jsonl,
-    /// RFC 4180, with a header.
+    /// RFC 4180, with a header line.
     Csv,
 }
 
 impl Format {
-    /// The one that is asked for, or that the name of the file says.
-    pub fn of(path: &Path, asked: Option<Self>) -> anyhow::Result<Self> {
+    /// The requested format, or else the format that the extension of the file names.
+    pub fn of(path: &Path, requested: Option<Self>) -> anyhow::Result<Self> {
         let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
-        match (asked, extension.to_str()) {
+        match (requested, extension.to_str()) {
             (Some(format), _) => Ok(format),
             (None, Some("jsonl" | "ndjson")) => Ok(Self::Jsonl),
             (None, Some("csv")) => Ok(Self::Csv),
-            _ => bail!("is it JSON Lines or CSV? Say --format jsonl or --format csv"),
+            _ => bail!("the file extension names no format: use --format jsonl or --format csv"),
         }
     }
 }
 
-/// A user of a file.
+/// A parsed line.
 pub struct Line {
-    /// Of the line, from 1 on.
+    /// The number of the line; the first one is 1.
     pub number: u64,
-    /// The user, or why it cannot be read.
+    /// The user, or why the line is invalid.
     pub user: Result<pb::User, String>,
 }
 
-/// The users of a file, in its order.
+/// The parsed lines of a file, in the order of the file.
 pub type Lines = Box<dyn Iterator<Item = anyhow::Result<Line>> + Send>;
 
-/// Reads a file. In CSV, too, a user is a line: no field of one may have a line break,
-/// so a quote that is not closed spoils its own line and no other.
+/// Reads a file. A CSV record is one line, because no field of a user can contain a line
+/// break. So an unclosed quote makes only its own line invalid.
 pub fn read(format: Format, file: impl Read + Send + 'static) -> anyhow::Result<Lines> {
-    let mut file = Texts { file: BufReader::new(file), number: 0 };
+    let mut file = LineReader { file: BufReader::new(file), number: 0 };
     let mut parse: Parse = match format {
         Format::Jsonl => Box::new(parse_json),
         Format::Csv => {
@@ -69,31 +70,32 @@ pub fn read(format: Format, file: impl Read + Send + 'static) -> anyhow::Result<
         }
     };
     Ok(Box::new(file.map(move |line| {
-        let Text { number, text } = line?;
+        let RawLine { number, text } = line?;
         Ok(Line { number, user: text.and_then(|text| parse(&text)) })
     })))
 }
 
-/// Reads a user from a line.
+/// Parses a line.
 type Parse = Box<dyn FnMut(&[u8]) -> Result<pb::User, String> + Send>;
 
-/// A line as it stands in the file, or why it cannot be one.
-struct Text {
+/// An unparsed line.
+struct RawLine {
     number: u64,
+    /// The bytes of the line, or why it is invalid.
     text: Result<Vec<u8>, String>,
 }
 
-/// The lines of a file that are not blank, each with a line feed at its end.
-struct Texts<R> {
+/// Iterates over the lines of a file, without blank ones. Each ends with a line feed.
+struct LineReader<R> {
     file: BufReader<R>,
     number: u64,
 }
 
-impl<R: Read> Texts<R> {
-    fn read(&mut self) -> io::Result<Option<Text>> {
+impl<R: Read> LineReader<R> {
+    fn read(&mut self) -> io::Result<Option<RawLine>> {
         loop {
             let mut text = Vec::new();
-            if self.file.by_ref().take(LINE_MAX_OCTETS).read_until(b'\n', &mut text)? == 0 {
+            if self.file.by_ref().take(LINE_MAX_BYTES).read_until(b'\n', &mut text)? == 0 {
                 return Ok(None);
             }
             self.number += 1;
@@ -101,29 +103,29 @@ impl<R: Read> Texts<R> {
                 text.drain(..BYTE_ORDER_MARK.len());
             }
             let is_whole = text.ends_with(b"\n");
-            if !is_whole && text.len() as u64 == LINE_MAX_OCTETS {
+            if !is_whole && text.len() as u64 == LINE_MAX_BYTES {
                 self.file.skip_until(b'\n')?;
-                return Ok(Some(Text { number: self.number, text: Err("is too long".to_owned()) }));
+                return Ok(Some(RawLine { number: self.number, text: Err("is too long".to_owned()) }));
             }
             if !is_whole {
                 text.push(b'\n');
             }
             if !text.trim_ascii().is_empty() {
-                return Ok(Some(Text { number: self.number, text: Ok(text) }));
+                return Ok(Some(RawLine { number: self.number, text: Ok(text) }));
             }
         }
     }
 }
 
-impl<R: Read> Iterator for Texts<R> {
-    type Item = anyhow::Result<Text>;
+impl<R: Read> Iterator for LineReader<R> {
+    type Item = anyhow::Result<RawLine>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.read().context("cannot read the file").transpose()
     }
 }
 
-/// A user in JSON. No field is needed here: the service says what is missing.
+/// A user in JSON. Every field is optional here: the service reports missing ones.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Input {
@@ -150,7 +152,7 @@ fn parse_json(text: &[u8]) -> Result<pb::User, String> {
     })
 }
 
-/// Reads lines of CSV.
+/// Parses lines of CSV.
 struct Csv {
     reader: csv_core::Reader,
     header: Vec<String>,
@@ -159,10 +161,14 @@ struct Csv {
 impl Csv {
     fn new(text: &[u8]) -> anyhow::Result<Self> {
         let mut reader = csv_core::Reader::new();
-        let header = fields(&mut reader, text).map_err(|what| anyhow!("the header {what}"))?;
+        let header = fields(&mut reader, text).map_err(|problem| anyhow!("the header {problem}"))?;
         for (n, field) in header.iter().enumerate() {
             let is_known = FIELDS.contains(&field.as_str());
-            ensure!(is_known, "the header has {field:?}: the fields are {}", FIELDS.join(", "));
+            ensure!(
+                is_known,
+                "the header has the unknown field {field:?}: the fields are {}",
+                FIELDS.join(", ")
+            );
             ensure!(!header.iter().take(n).any(|other| other == field), "the header has {field:?} twice");
         }
         Ok(Self { reader, header })
@@ -187,7 +193,7 @@ impl Csv {
     }
 }
 
-/// The fields of a line of CSV.
+/// Splits a line of CSV into its fields.
 fn fields(reader: &mut csv_core::Reader, text: &[u8]) -> Result<Vec<String>, String> {
     let mut values = vec![0; text.len()];
     let mut ends = [0; FIELDS.len() + 1];
@@ -195,7 +201,7 @@ fn fields(reader: &mut csv_core::Reader, text: &[u8]) -> Result<Vec<String>, Str
     let (result, _, _, count) = reader.read_record(text, &mut values, &mut ends);
     match result {
         ReadRecordResult::Record => {}
-        ReadRecordResult::InputEmpty => return Err("has a quote that is not closed".to_owned()),
+        ReadRecordResult::InputEmpty => return Err("has an unclosed quote".to_owned()),
         _ => return Err(format!("has more than {} fields", FIELDS.len())),
     }
     let mut start = 0;
@@ -208,7 +214,7 @@ fn fields(reader: &mut csv_core::Reader, text: &[u8]) -> Result<Vec<String>, Str
     Ok(fields)
 }
 
-/// A user as it is written.
+/// The fields of a user that an export writes.
 #[derive(Serialize)]
 struct Output<'a> {
     id: &'a str,
@@ -222,14 +228,14 @@ struct Output<'a> {
 
 /// Writes users to a file.
 pub enum Writer<W: Write> {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Jsonl(BufWriter<W>),
-    /// RFC 4180, with a header.
+    /// RFC 4180, with a header line.
     Csv(Box<csv::Writer<W>>),
 }
 
 impl<W: Write + Send + 'static> Writer<W> {
-    /// Begins the file.
+    /// Starts a file; in CSV, writes the header.
     pub fn new(format: Format, file: W) -> anyhow::Result<Self> {
         Ok(match format {
             Format::Jsonl => Self::Jsonl(BufWriter::new(file)),
@@ -263,7 +269,7 @@ impl<W: Write + Send + 'static> Writer<W> {
         Ok(())
     }
 
-    /// Ends the file and gives it back.
+    /// Flushes the file and returns it.
     pub fn finish(self) -> anyhow::Result<W> {
         match self {
             Self::Jsonl(file) => file.into_inner().map_err(|error| error.into_error().into()),

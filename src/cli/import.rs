@@ -1,4 +1,7 @@
-//! `user-service import`.
+//! `user-service import`: imports the users of a file into a running service.
+//!
+//! The file is sent in chunks, each acknowledged by the service. A repeated chunk has no effect,
+//! so an interrupted import resumes from the first unacknowledged chunk, or from the start.
 
 use std::{
     collections::VecDeque,
@@ -14,70 +17,71 @@ use futures_util::stream;
 use indicatif::ProgressBar;
 use prost::Message;
 use tokio::{sync::mpsc, task, time};
-use tonic::{Code, Status, transport::Channel};
-use tonic_types::StatusExt;
+use tonic::{Status, transport::Channel};
 use uuid::Uuid;
 
 use super::{
-    beside, connect, explain,
+    args::ServiceAddr,
+    connect, explain,
     files::{self, Format, Lines},
-    is_standard, progress_bar, say,
+    is_retryable, is_standard, print_status, progress_bar, with_suffix,
 };
 use crate::model::stream::CHUNK_SIZE_MAX;
 use crate::pb::{self, ImportMode, user_service_client::UserServiceClient};
 
-/// A chunk ends when it has this many octets: far below the 4 MiB of a message.
-const CHUNK_OCTETS: usize = 1024 * 1024;
-/// Chunks that are sent before the first one is acknowledged.
+/// A chunk ends when it has this many bytes. A message may have 4 MiB.
+const CHUNK_BYTES: usize = 1024 * 1024;
+/// Maximum number of unacknowledged chunks.
 const WINDOW: usize = 4;
-/// Between two attempts to go on.
+/// Delay between two attempts. It doubles until an attempt makes progress.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(5);
-/// How long to try before giving up.
+/// How long attempts without progress continue.
 const RETRY_LIMIT: Duration = Duration::from_secs(5 * 60);
 
-/// What `user-service import` is told.
+/// The arguments of `user-service import`.
 #[derive(Debug, Args)]
 pub struct Import {
-    /// JSON Lines or CSV with `username`, `email` and, if wanted, `display_name` and
-    /// `id`; `-` for standard input.
+    /// The file to import, JSON Lines or CSV; `-` for standard input. Fields: `username` and
+    /// `email`, optionally `display_name` and `id`.
     pub file: PathBuf,
 
-    /// How it is written [default: what the name ends with, .jsonl or .csv]
+    /// The format of the file [default: by its extension, .jsonl, .ndjson or .csv].
     #[arg(long)]
     pub format: Option<Format>,
 
-    /// What to do with users whose username somebody has.
+    /// What to do with a user whose username exists.
     #[arg(long, default_value = "create-only")]
     pub mode: Mode,
 
-    /// Where to write which lines were refused [default: standard error]
+    /// The file for the report of rejected lines, which is overwritten [default: standard
+    /// error].
     #[arg(long)]
     pub report: Option<PathBuf>,
 
-    /// A UUID to know the import by. An import with the id of one that was
-    /// interrupted goes on with it [default: kept in FILE.import until the end]
+    /// The id of the import, a UUID. The same file with the same id resumes an interrupted
+    /// import [default: a new one, kept in FILE.import until the import is complete].
     #[arg(long)]
     pub import_id: Option<Uuid>,
 
-    /// The service, as HOST:PORT [default: LISTEN_ADDR, on this machine]
-    #[arg(long)]
-    pub addr: Option<String>,
+    /// The service to import into.
+    #[command(flatten)]
+    pub service: ServiceAddr,
 }
 
-/// What to do with users whose username somebody has.
+/// What to do with a user whose username exists.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Mode {
-    /// Refuse them.
+    /// Reject the line.
     CreateOnly,
-    /// Leave them as they are.
+    /// Keep the existing user unchanged.
     SkipExisting,
-    /// Replace their e-mail address and display name.
+    /// Replace the e-mail address and the display name of the existing user.
     Overwrite,
 }
 
-/// Imports a file; it is an error if a line was refused.
-pub async fn run(args: Import, default_addr: String) -> anyhow::Result<()> {
+/// Imports a file. A rejected line is an error, after all other lines are imported.
+pub async fn run(args: Import) -> anyhow::Result<()> {
     let format = Format::of(&args.file, args.format)?;
     let file = File::open(&args.file).with_context(|| format!("cannot open {}", args.file.display()));
     let file = if is_standard(&args.file) { None } else { Some(file?) };
@@ -85,7 +89,7 @@ pub async fn run(args: Import, default_addr: String) -> anyhow::Result<()> {
         Some(path) => Box::new(File::create(path).context("cannot write the report")?),
         None => Box::new(io::stderr()),
     };
-    let mut client = connect(args.addr.as_ref().unwrap_or(&default_addr)).await?;
+    let mut client = connect(&args.service.addr).await?;
     let size = file.as_ref().and_then(|file| file.metadata().ok()).map(|metadata| metadata.len());
     let bar = progress_bar(size, "{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
     let file: Box<dyn Read + Send> = match file {
@@ -109,47 +113,48 @@ pub async fn run(args: Import, default_addr: String) -> anyhow::Result<()> {
         report,
         bar,
     };
-    let result = run.finish(&mut client).await;
+    let result = run.import_all(&mut client).await;
     run.bar.finish_and_clear();
     result.with_context(|| match &record {
         Some(record) => format!(
-            "the import is not complete; the same command goes on with it, or begins anew without {}",
+            "the import is not complete: run the same command to resume it; remove {} to start a new import",
             record.display()
         ),
-        None => format!("the import is not complete; --import-id {import_id} goes on with it"),
+        None => format!("the import is not complete: use --import-id {import_id} to resume it"),
     })?;
     if let Some(record) = record {
         fs::remove_file(&record).with_context(|| format!("cannot remove {}", record.display()))?;
     }
-    let Total { created, updated, skipped, refused } = run.total;
-    say(&format!("{created} created, {updated} updated, {skipped} skipped, {refused} refused"));
-    ensure!(refused == 0, "lines were refused: {refused}");
+    let Total { created, updated, skipped, rejected } = run.total;
+    print_status(&format!("{created} created, {updated} updated, {skipped} skipped, {rejected} rejected"));
+    ensure!(rejected == 0, "lines were rejected: {rejected}");
     Ok(())
 }
 
-/// The id of the import, and the file in which it is kept until the end: with it,
-/// an import that is begun again does nothing twice.
+/// The id of the import, and the file that keeps it until the import is complete, if there is
+/// one. The id makes a repeated import idempotent.
 fn import_id(args: &Import) -> anyhow::Result<(Uuid, Option<PathBuf>)> {
     if let Some(id) = args.import_id {
         return Ok((id, None));
     }
     if is_standard(&args.file) {
-        // Now, since whoever is killed says nothing.
+        // Printed before the import, because a killed process cannot print it.
         let id = Uuid::now_v7();
-        say(&format!("if this is cut, the same input with --import-id {id} goes on with it"));
+        print_status(&format!("to resume after an interruption, repeat the input with --import-id {id}"));
         return Ok((id, None));
     }
-    let path = beside(&args.file, ".import");
+    let path = with_suffix(&args.file, ".import");
     let id = match fs::read_to_string(&path) {
         Ok(text) => {
             let id = text.trim().parse();
-            let id = id.with_context(|| format!("{} has no import id: remove it", path.display()))?;
-            say(&format!("going on with the import of {}", path.display()));
+            let id =
+                id.with_context(|| format!("{} does not contain an import id: remove it", path.display()))?;
+            print_status(&format!("resuming the import of {}", path.display()));
             id
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let id = Uuid::now_v7();
-            keep(&path, id).with_context(|| format!("cannot write {}", path.display()))?;
+            write_id(&path, id).with_context(|| format!("cannot write {}", path.display()))?;
             id
         }
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
@@ -157,20 +162,20 @@ fn import_id(args: &Import) -> anyhow::Result<(Uuid, Option<PathBuf>)> {
     Ok((id, Some(path)))
 }
 
-fn keep(path: &Path, id: Uuid) -> io::Result<()> {
+fn write_id(path: &Path, id: Uuid) -> io::Result<()> {
     let mut file = File::create_new(path)?;
     writeln!(file, "{id}")?;
     file.sync_all()
 }
 
-/// An import under way.
+/// A running import.
 struct Run {
     import_id: Uuid,
     mode: ImportMode,
     lines: Lines,
     is_at_end: bool,
     chunks: i64,
-    /// Chunks that are not acknowledged yet, in their order.
+    /// Unacknowledged chunks, in the order of the file.
     pending: VecDeque<Chunk>,
     total: Total,
     report: Box<dyn Write + Send>,
@@ -179,7 +184,7 @@ struct Run {
 
 struct Chunk {
     request: pb::ImportUsersRequest,
-    /// The line of each user.
+    /// The line number of each user.
     lines: Vec<u64>,
 }
 
@@ -188,25 +193,25 @@ struct Total {
     created: u64,
     updated: u64,
     skipped: u64,
-    refused: u64,
+    rejected: u64,
 }
 
 impl Run {
-    /// Imports all, in as many streams as it takes.
-    async fn finish(&mut self, client: &mut UserServiceClient<Channel>) -> anyhow::Result<()> {
+    /// Imports all lines. A broken stream is replaced by a new one.
+    async fn import_all(&mut self, client: &mut UserServiceClient<Channel>) -> anyhow::Result<()> {
         let (mut delay, mut failing_since) = (RETRY_DELAY_MIN, None);
         loop {
             let first_pending = self.first_pending();
-            let Err(error) = self.in_one_stream(client).await else { return Ok(()) };
+            let Err(error) = self.import_in_stream(client).await else { return Ok(()) };
             let Some(status) = error.downcast_ref::<Status>() else { return Err(error) };
             if self.first_pending() > first_pending {
                 (delay, failing_since) = (RETRY_DELAY_MIN, None);
             }
             let since = *failing_since.get_or_insert_with(|| {
-                self.bar.suspend(|| say(&format!("interrupted, trying again: {}", explain(status))));
+                self.bar.suspend(|| print_status(&format!("interrupted, retrying: {}", explain(status))));
                 Instant::now()
             });
-            if !is_passing(status) || since.elapsed() > RETRY_LIMIT {
+            if !is_retryable(status) || since.elapsed() > RETRY_LIMIT {
                 bail!("{}", explain(status));
             }
             time::sleep(delay).await;
@@ -218,8 +223,8 @@ impl Run {
         self.pending.front().map_or(self.chunks + 1, |chunk| chunk.request.chunk)
     }
 
-    /// Sends what is not acknowledged yet, and goes on from there.
-    async fn in_one_stream(&mut self, client: &mut UserServiceClient<Channel>) -> anyhow::Result<()> {
+    /// Sends the unacknowledged chunks, then the rest of the file, in one stream.
+    async fn import_in_stream(&mut self, client: &mut UserServiceClient<Channel>) -> anyhow::Result<()> {
         let (sender, receiver) = mpsc::channel(1);
         let requests =
             stream::unfold(receiver, async |mut receiver| receiver.recv().await.map(|c| (c, receiver)));
@@ -231,17 +236,17 @@ impl Run {
                 biased;
                 ack = acks.message() => {
                     let ack = ack?.ok_or_else(|| Status::unavailable("the stream ended early"))?;
-                    self.acknowledged(&ack)?;
+                    self.acknowledge(&ack)?;
                     sent -= 1;
                 }
-                // Once it fails, the stream is about to say why.
-                Ok(place) = sender.reserve(), if sent < self.pending.len() || may_read => {
+                // A failure disables this branch; `acks` then has the status of the stream.
+                Ok(permit) = sender.reserve(), if sent < self.pending.len() || may_read => {
                     if sent == self.pending.len() {
-                        // Standard input may take its time.
+                        // A read from standard input can block.
                         task::block_in_place(|| self.read_chunk())?;
                     }
                     if let Some(chunk) = self.pending.get(sent) {
-                        place.send(chunk.request.clone());
+                        permit.send(chunk.request.clone());
                         sent += 1;
                     }
                 }
@@ -252,22 +257,22 @@ impl Run {
         Ok(())
     }
 
-    /// Reads the next chunk. Where it ends depends on the file alone, so that an
-    /// import that is begun again has the same chunks.
+    /// Reads the next chunk. Its end depends on the file alone, so that a resumed import has the
+    /// same chunks.
     fn read_chunk(&mut self) -> anyhow::Result<()> {
-        let (mut users, mut lines, mut octets) = (Vec::new(), Vec::new(), 0);
-        while users.len() < CHUNK_SIZE_MAX && octets < CHUNK_OCTETS {
+        let (mut users, mut lines, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while users.len() < CHUNK_SIZE_MAX && bytes < CHUNK_BYTES {
             let Some(line) = self.lines.next().transpose()? else {
                 self.is_at_end = true;
                 break;
             };
             match line.user {
                 Ok(user) => {
-                    octets += user.encoded_len();
+                    bytes += user.encoded_len();
                     users.push(user);
                     lines.push(line.number);
                 }
-                Err(what) => self.refused(line.number, &[("line", "FIELD_INVALID", &what)])?,
+                Err(problem) => self.reject(line.number, &[("line", "FIELD_INVALID", &problem)])?,
             }
         }
         if !users.is_empty() {
@@ -283,9 +288,10 @@ impl Run {
         Ok(())
     }
 
-    fn acknowledged(&mut self, ack: &pb::ImportUsersResponse) -> anyhow::Result<()> {
+    /// Counts the outcomes of the first unacknowledged chunk and reports its rejected lines.
+    fn acknowledge(&mut self, ack: &pb::ImportUsersResponse) -> anyhow::Result<()> {
         let chunk = self.pending.pop_front().filter(|chunk| chunk.request.chunk == ack.chunk);
-        let chunk = chunk.context("the service acknowledged a chunk that is not next")?;
+        let chunk = chunk.context("the service acknowledged a chunk out of order")?;
         for (total, count) in [
             (&mut self.total.created, ack.created),
             (&mut self.total.updated, ack.updated),
@@ -295,19 +301,18 @@ impl Run {
         }
         for failure in &ack.failures {
             let line = usize::try_from(failure.position).ok().and_then(|position| chunk.lines.get(position));
-            let line = line.context("the service refused a line that was not sent")?;
+            let line = line.context("the service rejected a line that was not sent")?;
             let violations = failure.violations.iter();
-            let violations: Vec<_> = violations
-                .map(|v| (v.field.as_str(), v.reason().as_str_name(), v.description.as_str()))
-                .collect();
-            self.refused(*line, &violations)?;
+            let violations: Vec<_> =
+                violations.map(|v| (v.field.as_str(), v.reason().as_str_name(), v.description.as_str())).collect();
+            self.reject(*line, &violations)?;
         }
         Ok(())
     }
 
-    /// Reports a line: what is wrong with which field.
-    fn refused(&mut self, line: u64, violations: &[(&str, &str, &str)]) -> anyhow::Result<()> {
-        self.total.refused += 1;
+    /// Counts a rejected line and reports each violation: field, reason, description.
+    fn reject(&mut self, line: u64, violations: &[(&str, &str, &str)]) -> anyhow::Result<()> {
+        self.total.rejected += 1;
         let write = || {
             for (field, reason, description) in violations {
                 writeln!(self.report, "line {line}: {field}: {reason}: {description}")?;
@@ -315,15 +320,5 @@ impl Run {
             io::Result::Ok(())
         };
         self.bar.suspend(write).context("cannot write the report")
-    }
-}
-
-/// Whether it is worth while to go on: the service said so, or did not say
-/// anything because the connection broke.
-fn is_passing(status: &Status) -> bool {
-    match status.code() {
-        Code::Unavailable | Code::ResourceExhausted | Code::Aborted | Code::DeadlineExceeded => true,
-        Code::Unknown | Code::Internal | Code::Cancelled => status.get_error_details().error_info().is_none(),
-        _ => false,
     }
 }

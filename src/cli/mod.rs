@@ -1,4 +1,6 @@
-//! What an operator can do with a running service, from the command line.
+//! The command line: its parsing, and the commands that connect to a running service.
+//!
+//! `serve` and `migrate` run in [`crate::app`].
 
 use std::{
     io::{self, Write},
@@ -11,29 +13,32 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
 use prost_types::Timestamp;
 use tonic::{
-    Status,
+    Code, Status,
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt;
 
 use crate::pb::{self, user_service_client::UserServiceClient};
 
+pub mod args;
+pub mod check;
 pub mod export;
 pub mod files;
 pub mod import;
 pub mod watch;
 
-/// How long it may take to connect.
+/// Limit of a connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the answer to a call may take to begin: more than `REQUEST_TIMEOUT_MS` by default.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// A silent service is asked whether it is still there.
+/// Limit until a response begins. It is longer than the default of `REQUEST_TIMEOUT_MS`, so
+/// that the server reports its own timeout first.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval of HTTP/2 PINGs, which find a connection whose peer is gone.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Which users a command is about.
+/// Selects the users of a command. Conditions are combined with AND.
 #[derive(Debug, Args)]
 pub struct Filter {
-    /// Only users whose username starts so.
+    /// Only users whose username starts with this prefix.
     #[arg(long, value_name = "PREFIX", value_parser = NonEmptyStringValueParser::new())]
     pub username_prefix: Option<String>,
 
@@ -41,17 +46,17 @@ pub struct Filter {
     #[arg(long, value_name = "ADDRESS", value_parser = NonEmptyStringValueParser::new())]
     pub email: Option<String>,
 
-    /// Only users that were created later, such as 2026-01-31T12:00:00Z.
+    /// Only users created after this time, in RFC 3339, such as 2026-01-31T12:00:00Z.
     #[arg(long, value_name = "TIME")]
     pub create_time_after: Option<Timestamp>,
 
-    /// Only users that were created earlier.
+    /// Only users created before this time, in RFC 3339.
     #[arg(long, value_name = "TIME")]
     pub create_time_before: Option<Timestamp>,
 }
 
 impl Filter {
-    /// The filter of a request; `None` if nothing was said.
+    /// The filter of a request; `None` if there is no condition.
     fn to_pb(&self, include_deleted: Option<bool>) -> Option<pb::UserFilter> {
         let filter = pb::UserFilter {
             username_prefix: self.username_prefix.clone().unwrap_or_default(),
@@ -64,19 +69,19 @@ impl Filter {
     }
 }
 
-/// A client of the service at `addr`, a host and a port. A connection that breaks
-/// later is made anew by the next call.
+/// Connects to the service at `addr`, a host and a port. If the connection breaks, the next
+/// request reconnects.
 async fn connect(addr: &str) -> anyhow::Result<UserServiceClient<Channel>> {
     let endpoint = Endpoint::try_from(format!("http://{addr}"))
         .context("the address must be HOST:PORT")?
         .connect_timeout(CONNECT_TIMEOUT)
-        .timeout(ANSWER_TIMEOUT)
+        .timeout(RESPONSE_TIMEOUT)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL);
     let channel = endpoint.connect().await.with_context(|| format!("cannot reach the service at {addr}"))?;
     Ok(UserServiceClient::new(channel))
 }
 
-/// The reason and the message of a failed call, in a line.
+/// The reason and the message of a failed request, on one line.
 fn explain(status: &Status) -> String {
     match status.get_error_details().error_info() {
         Some(info) => format!("{}: {}", info.reason, status.message()),
@@ -84,19 +89,29 @@ fn explain(status: &Status) -> String {
     }
 }
 
-/// Whether a path stands for standard input or output.
+/// Whether a new attempt can succeed: the service says so by its code, or the connection broke
+/// before the service could respond, which leaves no `ErrorInfo`.
+fn is_retryable(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable | Code::Aborted | Code::ResourceExhausted | Code::DeadlineExceeded => true,
+        Code::Unknown | Code::Internal | Code::Cancelled => status.get_error_details().error_info().is_none(),
+        _ => false,
+    }
+}
+
+/// Whether a path means standard input or output.
 fn is_standard(path: &Path) -> bool {
     path == Path::new("-")
 }
 
-/// A path with something behind it.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+/// The path with `suffix` appended to its file name.
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut path = path.as_os_str().to_owned();
     path.push(suffix);
     path.into()
 }
 
-/// A progress bar, which shows itself on a terminal only.
+/// A progress bar, which is visible on a terminal only.
 fn progress_bar(total: Option<u64>, template: &str) -> ProgressBar {
     let bar = ProgressBar::no_length();
     if let Some(total) = total {
@@ -108,7 +123,41 @@ fn progress_bar(total: Option<u64>, template: &str) -> ProgressBar {
     bar
 }
 
-/// Says something to the operator. If nobody can hear it, that is no failure.
-fn say(text: &str) {
+/// Prints a line to standard error. A closed standard error is not a failure.
+fn print_status(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    #[test]
+    fn a_status_is_retryable_if_a_new_attempt_can_succeed() {
+        for (code, reason, expected) in [
+            (Code::Unavailable, Some("OVERLOADED"), true),
+            (Code::Unavailable, Some("DATABASE_UNAVAILABLE"), true),
+            (Code::Unavailable, None, true),
+            (Code::Aborted, Some("TRANSACTION_CONFLICT"), true),
+            (Code::FailedPrecondition, Some("REVISION_MISMATCH"), false),
+            (Code::FailedPrecondition, Some("RESUME_TOKEN_FOREIGN"), false),
+            (Code::OutOfRange, Some("RESUME_TOKEN_EXPIRED"), false),
+            (Code::InvalidArgument, Some("RESUME_TOKEN_INVALID"), false),
+            (Code::Internal, None, true),
+            (Code::Internal, Some("INTERNAL"), false),
+        ] {
+            let status = match reason {
+                Some(reason) => {
+                    let details = ErrorDetails::with_error_info(reason, "user-service.users.v1", HashMap::new());
+                    Status::with_error_details(code, "", details)
+                }
+                None => Status::new(code, ""),
+            };
+            assert_eq!(is_retryable(&status), expected, "{code:?} {reason:?}");
+        }
+    }
 }

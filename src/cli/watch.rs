@@ -1,8 +1,8 @@
-//! `user-service watch`: every change as a line of JSON, for ever.
+//! `user-service watch`: prints every change as a line of JSON, until interrupted.
 //!
-//! A line is a `users.v1.UserChange` in the JSON form of protobuf, as grpcurl prints it.
-//! The token is written behind the lines: after a crash some may be printed again, but
-//! none is left out.
+//! A line is a `users.v1.UserChange` in the JSON mapping of protobuf, as grpcurl prints it. The
+//! resume token is saved after the lines are printed: after a crash some lines can be printed
+//! again, but none is missing.
 
 use std::{
     fs, io,
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use serde_json::{Map, Value, json};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -21,48 +21,59 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use crate::cli;
+use super::{Filter, args::ServiceAddr, connect, explain, is_retryable, with_suffix};
+use crate::config::Config;
 use crate::pb;
+use crate::telemetry::describe;
 
-/// The service sends a bookmark every 5 seconds; without any, it is gone.
-const SILENCE: Duration = Duration::from_secs(30);
-/// Between two attempts to connect.
+/// A stream without a message for this long is broken: an idle service sends one every 5 s.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Delay between two attempts. It doubles until an attempt makes progress.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(100);
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
 
-/// What to watch.
+/// The arguments of `user-service watch`.
 #[derive(Debug, clap::Args)]
 pub struct Watch {
-    /// Where the service listens [default: LISTEN_ADDR, on this machine]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub addr: Option<String>,
-    /// Go on behind the token in this file, if there is one, and keep the token there.
-    #[arg(long)]
+    /// The service to watch.
+    #[command(flatten)]
+    pub service: ServiceAddr,
+
+    /// The file that keeps the resume token. If it exists, the watch resumes after that token.
+    #[arg(long, value_name = "FILE")]
     pub resume_file: Option<PathBuf>,
-    /// Without a token: print the users first.
+
+    /// Print the existing users first. Ignored when the watch resumes.
     #[arg(long)]
     pub send_initial_state: bool,
+
     /// Which users.
     #[command(flatten)]
-    pub filter: cli::Filter,
-    /// Whether soft-deleted ones belong to them [default: true, unless there are other conditions].
+    pub filter: Filter,
+
+    /// Whether to include soft-deleted users [default: true without other conditions, else
+    /// false].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub include_deleted: Option<bool>,
+
+    /// The settings of the log; the others have their defaults.
+    #[command(flatten)]
+    pub config: Box<Config>,
 }
 
-/// Prints changes until SIGINT or SIGTERM, or until nobody reads them any more.
-pub async fn run(watch: Watch, default_addr: String) -> anyhow::Result<()> {
-    let addr = watch.addr.clone().unwrap_or(default_addr);
+/// Prints changes until SIGINT or SIGTERM, or until standard output is closed.
+pub async fn run(watch: Watch) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // By itself, and at once: whoever reads what is printed can keep it waiting for ever.
+    // A separate task that exits at once: a slow reader of standard output can block the other
+    // one forever.
     let mut signals = JoinSet::new();
     signals.spawn(async move {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         process::exit(0);
     });
-    match print_changes(&addr, &watch).await {
+    match print_changes(&watch).await {
         Err(error) if is_broken_pipe(&error) => Ok(()),
-        printed => printed,
+        result => result,
     }
 }
 
@@ -70,7 +81,8 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-async fn print_changes(addr: &str, watch: &Watch) -> anyhow::Result<()> {
+/// Prints changes. A broken stream is replaced by a new one, without a limit.
+async fn print_changes(watch: &Watch) -> anyhow::Result<()> {
     let mut token = match &watch.resume_file {
         Some(file) => read_token(file)?,
         None => String::new(),
@@ -78,23 +90,21 @@ async fn print_changes(addr: &str, watch: &Watch) -> anyhow::Result<()> {
     let mut delay = RETRY_DELAY_MIN;
     loop {
         let before = token.clone();
-        let ended = follow(addr, watch, &mut token).await;
-        let error = match ended {
+        let error = match print_stream(watch, &mut token).await {
             Ok(()) => Status::unavailable("the stream ended").into(),
             Err(error) => error,
         };
-        // What is wrong with the request, or with our output, does not pass.
-        let passes = match (error.downcast_ref::<Status>(), error.downcast_ref::<io::Error>()) {
-            (Some(status), _) => !matches!(
-                status.code(),
-                Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition | Code::Unimplemented
-            ),
-            (None, output) => output.is_none(),
-        };
-        if !passes {
-            return Err(error);
+        if !can_continue(&error) {
+            return match error.downcast_ref::<Status>() {
+                Some(status) => Err(anyhow!("{}", explain(status))),
+                None => Err(error),
+            };
         }
-        tracing::warn!(error = crate::telemetry::describe(error.as_ref()), "interrupted");
+        tracing::warn!(
+            error = describe(error.as_ref()),
+            delay_ms = delay.as_millis() as u64,
+            "interrupted, retrying"
+        );
         if token != before {
             delay = RETRY_DELAY_MIN;
         }
@@ -103,16 +113,25 @@ async fn print_changes(addr: &str, watch: &Watch) -> anyhow::Result<()> {
     }
 }
 
-/// Prints what one stream brings, until it ends.
-async fn follow(addr: &str, watch: &Watch, token: &mut String) -> anyhow::Result<()> {
-    let mut client = cli::connect(addr).await?;
+/// Whether a new stream can succeed: the output works, and the request was not rejected. A
+/// watch is meant to outlive faults of the service, so it retries internal errors as well.
+fn can_continue(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<Status>() {
+        Some(status) => is_retryable(status) || status.code() == Code::Internal,
+        None => !error.is::<io::Error>(),
+    }
+}
+
+/// Prints the changes of one stream, until it ends.
+async fn print_stream(watch: &Watch, token: &mut String) -> anyhow::Result<()> {
+    let mut client = connect(&watch.service.addr).await?;
     let request = pb::WatchUsersRequest {
         resume_token: token.clone(),
         send_initial_state: watch.send_initial_state && token.is_empty(),
         filter: watch.filter.to_pb(watch.include_deleted),
     };
     let mut messages = client.watch_users(request).await?.into_inner();
-    while let Some(message) = time::timeout(SILENCE, messages.message()).await?? {
+    while let Some(message) = time::timeout(IDLE_TIMEOUT, messages.message()).await?? {
         let mut lines = String::new();
         for change in &message.changes {
             lines += &format!("{}\n", change_to_json(change));
@@ -131,7 +150,7 @@ async fn follow(addr: &str, watch: &Watch, token: &mut String) -> anyhow::Result
     Ok(())
 }
 
-/// The token in the file; empty if there is no file.
+/// The resume token in the file; empty if there is no file.
 fn read_token(file: &Path) -> anyhow::Result<String> {
     match fs::read_to_string(file) {
         Ok(text) => Ok(text.trim().to_owned()),
@@ -140,17 +159,17 @@ fn read_token(file: &Path) -> anyhow::Result<String> {
     }
 }
 
-/// The file has the old token or the new one, whatever happens in between.
+/// Replaces the token atomically: after a crash the file has the old token or the new one.
 fn write_token(file: &Path, token: &str) -> io::Result<()> {
-    let path = cli::beside(file, ".new");
+    let path = with_suffix(file, ".new");
     let mut new = fs::File::create(&path)?;
     writeln!(new, "{token}")?;
     new.sync_all()?;
     fs::rename(path, file)
 }
 
-/// The JSON form of protobuf: fields without a value are left out, and 64-bit numbers
-/// are strings.
+/// A change in the JSON mapping of protobuf: unset fields are omitted, 64-bit integers are
+/// strings.
 fn change_to_json(change: &pb::UserChange) -> Value {
     let mut json = Map::new();
     json.insert("kind".into(), change.kind().as_str_name().into());

@@ -1,5 +1,5 @@
-//! `user-service import` and `user-service export`: a file in, the same file out,
-//! whoever is killed in between.
+//! `user-service import` and `user-service export`: an exported file has the imported users,
+//! even if the command, the service or the database is killed meanwhile.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,33 +23,34 @@ use user_service::store::dev_postgres::Embedded;
 use crate::feed::chaos::{crash, start_again};
 use crate::support::*;
 
-/// What the service logs in tests with many users.
+/// The log level of the service in tests with many users, to keep the log small.
 const LOG: (&str, &str) = ("RUST_LOG", "user_service=debug");
 
-/// Begins to run the command line against the service at `addr`.
-fn begin(addr: &str, args: &[&str]) -> Child {
+/// Starts the binary as a client of the service at `addr`.
+fn spawn(addr: &str, args: &[&str]) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
     command.args(args).args(["--addr", addr]).env_clear().kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 async fn run(addr: &str, args: &[&str]) -> Output {
-    begin(addr, args).wait_with_output().await.unwrap()
+    spawn(addr, args).wait_with_output().await.unwrap()
 }
 
-/// Runs it, which has to succeed; returns what it says.
-async fn run_well(addr: &str, args: &[&str]) -> String {
-    said(run(addr, args).await, true)
+/// Runs the binary, which must succeed, and returns its standard error.
+async fn run_ok(addr: &str, args: &[&str]) -> String {
+    stderr(run(addr, args).await, true)
 }
 
+/// Standard error of a process that must have succeeded or failed.
 #[track_caller]
-fn said(output: Output, is_success: bool) -> String {
+fn stderr(output: Output, is_success: bool) -> String {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.success(), is_success, "{text}");
     text
 }
 
-/// A directory for files, and the way to one.
+/// A temporary directory.
 struct Files(TempDir);
 
 impl Files {
@@ -79,7 +80,7 @@ impl Files {
     }
 }
 
-/// Users with names in many scripts, always the same.
+/// Users with names in many scripts; the same in each run.
 fn many_users(count: usize) -> Vec<pb::User> {
     const SCRIPTS: [&str; 12] = [
         "abcdefghijklmnopqrstuvwxyz",
@@ -124,11 +125,11 @@ fn json_lines(users: &[pb::User]) -> String {
     users.iter().map(line).collect()
 }
 
-/// Id, e-mail address and display name of each username of a file that was exported.
+/// Id, e-mail address and display name of each username of an exported file.
 type Exported = HashMap<String, [String; 3]>;
 
 fn exported(path: &Path) -> Exported {
-    let of = |user: HashMap<String, serde_json::Value>| {
+    let entry = |user: HashMap<String, serde_json::Value>| {
         let field = |name: &str| user[name].as_str().unwrap().to_owned();
         (field("username"), ["id", "email", "display_name"].map(field))
     };
@@ -136,11 +137,11 @@ fn exported(path: &Path) -> Exported {
         let mut csv = csv::Reader::from_path(path).unwrap();
         let rows = csv.deserialize().map(|row: Result<HashMap<String, String>, _>| row.unwrap());
         return rows
-            .map(|row| of(row.into_iter().map(|(name, value)| (name, value.into())).collect()))
+            .map(|row| entry(row.into_iter().map(|(name, value)| (name, value.into())).collect()))
             .collect();
     }
     let text = fs::read_to_string(path).unwrap();
-    text.lines().map(|line| of(serde_json::from_str(line).unwrap())).collect()
+    text.lines().map(|line| entry(serde_json::from_str(line).unwrap())).collect()
 }
 
 #[track_caller]
@@ -152,7 +153,7 @@ fn assert_same(exported: &Exported, users: &[pb::User]) {
     }
 }
 
-/// Asserts that the table has exactly these users, each created once.
+/// Asserts that the database has exactly these users, each created once.
 async fn assert_imported(database: &Database, users: &[pb::User]) {
     let sql = "select username, email, display_name, revision from users";
     let rows = database.connect().await.query(sql, &[]).await.unwrap();
@@ -168,27 +169,27 @@ async fn assert_imported(database: &Database, users: &[pb::User]) {
 }
 
 #[tokio::test]
-async fn a_hundred_thousand_users_in_many_scripts_come_out_as_they_went_in() {
+async fn export_returns_100_000_imported_users_in_many_scripts_unchanged() {
     let mut users = many_users(100_000);
     let files = Files::new();
     files.write("users.jsonl", json_lines(&users));
     let mut first: Option<Exported> = None;
-    // From JSON Lines to CSV, and a part of that from there into another service.
+    // From JSON Lines to CSV, then a part of the CSV into another service.
     for (input, output) in [("users.jsonl", "out.csv"), ("part.csv", "out.jsonl")] {
         let database = Database::migrated().await;
         let server = Server::start(&database, &[LOG]).await;
         let before = server.memory();
-        let report = run_well(&server.addr, &["import", &files.name(input)]).await;
+        let report = run_ok(&server.addr, &["import", &files.name(input)]).await;
         let count = users.len();
-        assert!(report.contains(&format!("{count} created, 0 updated, 0 skipped, 0 refused")), "{report}");
-        let report = run_well(&server.addr, &["export", &files.name(output)]).await;
+        assert!(report.contains(&format!("{count} created, 0 updated, 0 skipped, 0 rejected")), "{report}");
+        let report = run_ok(&server.addr, &["export", &files.name(output)]).await;
         assert!(report.contains(&format!("{count} users exported")), "{report}");
         let growth = server.memory().saturating_sub(before);
-        assert!(growth < 64 << 20, "the service has grown by {growth} octets");
+        assert!(growth < 64 << 20, "the memory of the service has grown by {growth} bytes");
         let found = exported(&files.path(output));
         assert_same(&found, &users);
         if let Some(first) = &first {
-            // The ids as well.
+            // The ids are equal, too.
             assert!(found.iter().all(|(username, user)| first[username] == *user));
         } else {
             users.truncate(20_000);
@@ -204,13 +205,13 @@ async fn a_hundred_thousand_users_in_many_scripts_come_out_as_they_went_in() {
     assert_eq!(files.names(), ["out.csv", "out.jsonl", "part.csv", "users.jsonl"]);
 }
 
-/// An address behind which the service may die and come back.
-struct Front {
+/// A TCP proxy, whose address stays the same when the service restarts at another one.
+struct Proxy {
     addr: String,
     target: watch::Sender<String>,
 }
 
-impl Front {
+impl Proxy {
     async fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap().to_string();
@@ -230,35 +231,36 @@ impl Front {
 }
 
 #[tokio::test]
-async fn an_import_survives_twenty_kills_of_the_service() {
+async fn import_survives_twenty_kills_of_the_service() {
     let users = many_users(90_000);
     let files = Files::new();
     let file = files.write("users.jsonl", json_lines(&users));
     let database = Database::migrated().await;
-    let front = Front::new().await;
+    let proxy = Proxy::new().await;
     let mut server = Server::start(&database, &[LOG]).await;
-    front.target.send_replace(server.addr.clone());
-    let mut import = begin(&front.addr, &["import", &file]);
+    proxy.target.send_replace(server.addr.clone());
+    let mut import = spawn(&proxy.addr, &["import", &file]);
     let mut rng = StdRng::seed_from_u64(9);
     let rows = async || database.count("select count(*) from users").await;
     let mut last = 0;
     for _ in 0..20 {
-        // It goes on, and is killed at a random moment.
-        last = eventually("the import goes on", async || Some(rows().await).filter(|n| *n > last)).await;
+        // The service is killed at a random moment after the import has made progress.
+        last =
+            eventually("the import makes progress", async || Some(rows().await).filter(|n| *n > last)).await;
         tokio::time::sleep(Duration::from_micros(rng.random_range(0..30_000))).await;
         server.signal("KILL");
         server.ended().await;
-        assert!(import.try_wait().unwrap().is_none(), "the import was over too early");
+        assert!(import.try_wait().unwrap().is_none(), "the import ended too early");
         server = Server::start(&database, &[LOG]).await;
-        front.target.send_replace(server.addr.clone());
+        proxy.target.send_replace(server.addr.clone());
     }
-    let report = said(import.wait_with_output().await.unwrap(), true);
-    assert!(report.contains("90000 created, 0 updated, 0 skipped, 0 refused"), "{report}");
+    let report = stderr(import.wait_with_output().await.unwrap(), true);
+    assert!(report.contains("90000 created, 0 updated, 0 skipped, 0 rejected"), "{report}");
     assert_imported(&database, &users).await;
 }
 
 #[tokio::test]
-async fn an_import_that_was_killed_goes_on_when_it_is_begun_again() {
+async fn killed_import_resumes_when_the_command_runs_again() {
     let users = many_users(50_000);
     let mut lines = json_lines(&users);
     lines.push_str("{\"username\": \"-\"}\n");
@@ -269,34 +271,35 @@ async fn an_import_that_was_killed_goes_on_when_it_is_begun_again() {
     let rows = async || database.count("select count(*) from users").await;
     let mut last = 0;
     for _ in 0..3 {
-        let mut import = begin(&server.addr, &["import", &file]);
-        last = eventually("the import goes on", async || Some(rows().await).filter(|n| *n > last)).await;
+        let mut import = spawn(&server.addr, &["import", &file]);
+        last =
+            eventually("the import makes progress", async || Some(rows().await).filter(|n| *n > last)).await;
         import.kill().await.unwrap();
         assert_eq!(files.names(), ["users.jsonl", "users.jsonl.import"]);
     }
-    // Another file, or another mode, is another import.
+    // Another mode is another import.
     let other = run(&server.addr, &["import", &file, "--mode", "overwrite"]).await;
-    assert!(said(other, false).contains("REQUEST_ID_REUSED"));
-    let report = said(run(&server.addr, &["import", &file]).await, false);
-    assert!(report.contains("50000 created, 0 updated, 0 skipped, 1 refused"), "{report}");
+    assert!(stderr(other, false).contains("REQUEST_ID_REUSED"));
+    let report = stderr(run(&server.addr, &["import", &file]).await, false);
+    assert!(report.contains("50000 created, 0 updated, 0 skipped, 1 rejected"), "{report}");
     assert!(report.contains("line 50001: username: USERNAME_INVALID: "), "{report}");
     assert_imported(&database, &users).await;
     assert_eq!(files.names(), ["users.jsonl"]);
 
-    // From standard input, the id says which one to go on with.
+    // For standard input, the id names the import to resume.
     let id = new_request_id();
     for _ in 0..2 {
         let args = ["import", "-", "--format", "jsonl", "--mode", "skip-existing", "--import-id", &id];
-        let mut import = begin(&server.addr, &args);
-        let more = "{\"username\": \"somebody\", \"email\": \"a@example.com\"}\n";
-        import.stdin.take().unwrap().write_all(more.as_bytes()).await.unwrap();
-        let report = said(import.wait_with_output().await.unwrap(), true);
-        assert!(report.contains("1 created, 0 updated, 0 skipped, 0 refused"), "{report}");
+        let mut import = spawn(&server.addr, &args);
+        let line = "{\"username\": \"ann\", \"email\": \"a@example.com\"}\n";
+        import.stdin.take().unwrap().write_all(line.as_bytes()).await.unwrap();
+        let report = stderr(import.wait_with_output().await.unwrap(), true);
+        assert!(report.contains("1 created, 0 updated, 0 skipped, 0 rejected"), "{report}");
     }
 }
 
 #[tokio::test]
-async fn an_import_survives_a_crash_of_the_database() {
+async fn import_survives_a_crash_of_the_database() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let postgres = Embedded::start(dir.path()).await.unwrap();
     let database = Database { socket_dir: dir.path().into(), name: "postgres".into() };
@@ -304,22 +307,22 @@ async fn an_import_survives_a_crash_of_the_database() {
     let users = many_users(50_000);
     let files = Files::new();
     let file = files.write("users.jsonl", json_lines(&users));
-    let import = begin(&server.addr, &["import", &file]);
+    let import = spawn(&server.addr, &["import", &file]);
     let rows = async || database.count("select count(*) from users").await;
-    eventually("the import goes on", async || (rows().await > 0).then_some(())).await;
+    eventually("the import makes progress", async || (rows().await > 0).then_some(())).await;
     crash(dir.path()).await;
     drop(postgres);
     let postgres = start_again(dir.path()).await;
-    assert!(rows().await < 50_000, "the import was over too early");
-    let report = said(import.wait_with_output().await.unwrap(), true);
-    assert!(report.contains("50000 created, 0 updated, 0 skipped, 0 refused"), "{report}");
+    assert!(rows().await < 50_000, "the import ended too early");
+    let report = stderr(import.wait_with_output().await.unwrap(), true);
+    assert!(report.contains("50000 created, 0 updated, 0 skipped, 0 rejected"), "{report}");
     assert_imported(&database, &users).await;
     drop(server);
     postgres.stop().await.unwrap();
 }
 
 #[tokio::test]
-async fn every_refused_line_is_reported_with_its_field_and_reason() {
+async fn import_reports_every_rejected_line_with_field_and_reason() {
     let (server, database) = server().await;
     created(&mut server.client().await, "taken").await;
     let files = Files::new();
@@ -347,24 +350,24 @@ async fn every_refused_line_is_reported_with_its_field_and_reason() {
         "line 9: line: FIELD_INVALID: is too long",
     ];
     let file = files.write("users.ndjson", lines);
-    let report = said(run(&server.addr, &["import", &file]).await, false);
-    assert!(report.contains("3 created, 0 updated, 0 skipped, 6 refused"), "{report}");
+    let report = stderr(run(&server.addr, &["import", &file]).await, false);
+    assert!(report.contains("3 created, 0 updated, 0 skipped, 6 rejected"), "{report}");
     for line in expected {
         assert_eq!(report.matches(line).count(), 1, "{line}: {report}");
     }
     assert_eq!(database.count("select count(*) from users").await, 4);
 
     let csv = "\u{feff}email,username\r\na@example.com,zqzqfive\r\n\r\n\"a@example.com\",\"zqzq\"\"\"\r\nonly one\r\n\"a\r\n,,,,,,,,\r\na@example.com,zqzqsix";
-    let (file, written) = (files.write("users.CSV", csv), files.name("refused.txt"));
-    let report = said(run(&server.addr, &["import", &file, "--report", &written]).await, false);
-    assert!(report.contains("2 created, 0 updated, 0 skipped, 4 refused"), "{report}");
+    let (file, written) = (files.write("users.CSV", csv), files.name("rejected.txt"));
+    let report = stderr(run(&server.addr, &["import", &file, "--report", &written]).await, false);
+    assert!(report.contains("2 created, 0 updated, 0 skipped, 4 rejected"), "{report}");
     let report = fs::read_to_string(written).unwrap();
     let mut lines: Vec<_> = report.lines().collect();
     lines.sort_unstable();
     let expected = [
         "line 4: username: USERNAME_INVALID: ",
         "line 5: line: FIELD_INVALID: has 1 fields, but the header has 2",
-        "line 6: line: FIELD_INVALID: has a quote that is not closed",
+        "line 6: line: FIELD_INVALID: has an unclosed quote",
         "line 7: line: FIELD_INVALID: has more than 7 fields",
     ];
     assert_eq!(lines.len(), expected.len(), "{report}");
@@ -374,7 +377,7 @@ async fn every_refused_line_is_reported_with_its_field_and_reason() {
 }
 
 #[tokio::test]
-async fn files_that_cannot_be_meant_are_refused_before_anything_is_sent() {
+async fn invalid_files_are_rejected_before_a_request_is_sent() {
     let (server, database) = server().await;
     let files = Files::new();
     let cases = [
@@ -385,38 +388,38 @@ async fn files_that_cannot_be_meant_are_refused_before_anything_is_sent() {
     ];
     for (args, expected) in cases {
         let args: Vec<_> = args.iter().map(String::as_str).collect();
-        let report = said(run(&server.addr, &args).await, false);
+        let report = stderr(run(&server.addr, &args).await, false);
         assert!(report.contains(expected), "{report}");
     }
     assert_eq!(files.names(), ["users", "users.csv"]);
     assert_eq!(database.count("select count(*) from import_chunks").await, 0);
-    let report = said(run("127.0.0.1:1", &["export", &files.name("out.csv")]).await, false);
+    let report = stderr(run("127.0.0.1:1", &["export", &files.name("out.csv")]).await, false);
     assert!(report.contains("cannot reach the service at 127.0.0.1:1"), "{report}");
 }
 
 #[tokio::test]
-async fn an_export_to_standard_output_can_be_imported_from_standard_input() {
+async fn export_to_standard_output_can_be_imported_from_standard_input() {
     for format in ["jsonl", "csv"] {
         let (source, _database) = server().await;
         let (target, _database) = server().await;
         let user = created(&mut source.client().await, "alice").await;
         let output = run(&source.addr, &["export", "-", "--format", format]).await;
-        let mut import = begin(&target.addr, &["import", "-", "--format", format]);
+        let mut import = spawn(&target.addr, &["import", "-", "--format", format]);
         import.stdin.take().unwrap().write_all(&output.stdout).await.unwrap();
-        said(import.wait_with_output().await.unwrap(), true);
+        stderr(import.wait_with_output().await.unwrap(), true);
         let imported =
             target.client().await.get_user(by_id(&user.id)).await.unwrap().into_inner().user.unwrap();
         assert_eq!((imported.username, imported.email), (user.username, user.email));
-        // Again, there is nothing to do.
-        let mut import = begin(&target.addr, &["import", "-", "--format", format, "--mode", "overwrite"]);
+        // A second import changes nothing.
+        let mut import = spawn(&target.addr, &["import", "-", "--format", format, "--mode", "overwrite"]);
         import.stdin.take().unwrap().write_all(&output.stdout).await.unwrap();
-        let report = said(import.wait_with_output().await.unwrap(), true);
-        assert!(report.contains("0 created, 0 updated, 1 skipped, 0 refused"), "{report}");
+        let report = stderr(import.wait_with_output().await.unwrap(), true);
+        assert!(report.contains("0 created, 0 updated, 1 skipped, 0 rejected"), "{report}");
     }
 }
 
 #[tokio::test]
-async fn an_export_can_be_of_some_users() {
+async fn export_filters_users() {
     let (server, _database) = server().await;
     let mut client = server.client().await;
     let mut users = Vec::new();
@@ -443,13 +446,13 @@ async fn an_export_can_be_of_some_users() {
     }
     for (email, what) in [("nonsense", "filter.email"), ("", "a value is required")] {
         let output = run(&server.addr, &["export", "-", "--format", "jsonl", "--email", email]).await;
-        let report = said(output, false);
+        let report = stderr(output, false);
         assert!(report.contains(what), "{report}");
     }
 }
 
 #[tokio::test]
-async fn an_export_that_breaks_off_leaves_no_file_and_the_old_one_as_it_was() {
+async fn failed_export_leaves_no_new_file_and_keeps_the_old_one() {
     let database = Database::migrated().await;
     let sql = "insert into users (id, username, username_key, username_held, email, email_key, display_name,
             revision, create_time, update_time)
@@ -458,15 +461,15 @@ async fn an_export_that_breaks_off_leaves_no_file_and_the_old_one_as_it_was() {
     database.connect().await.batch_execute(sql).await.unwrap();
     let server = Server::start(&database, &[LOG]).await;
     let files = Files::new();
-    let file = files.write("out.jsonl", "the old one");
-    let export = begin(&server.addr, &["export", &file]);
-    let has_begun = async || {
+    let file = files.write("out.jsonl", "old content");
+    let export = spawn(&server.addr, &["export", &file]);
+    let has_started = async || {
         let part = files.names().into_iter().find(|name| name.ends_with(".part"))?;
         fs::metadata(files.path(&part)).is_ok_and(|part| part.len() > 0).then_some(())
     };
-    eventually("it has begun", has_begun).await;
+    eventually("the export has started", has_started).await;
     server.signal("KILL");
-    said(export.wait_with_output().await.unwrap(), false);
+    stderr(export.wait_with_output().await.unwrap(), false);
     assert_eq!(files.names(), ["out.jsonl"]);
-    assert_eq!(fs::read_to_string(&file).unwrap(), "the old one");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "old content");
 }

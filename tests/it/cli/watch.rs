@@ -1,4 +1,4 @@
-//! `user-service watch` prints what a watch shows, and goes on where it was.
+//! `user-service watch`: prints changes as JSON lines and resumes from its token.
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -8,13 +8,13 @@ use std::{
 use crate::feed::watch::insert;
 use crate::support::*;
 
-/// `user-service watch`, and what it prints.
-struct Printed {
+/// A running `user-service watch` and its output.
+struct WatchProcess {
     child: Child,
     lines: std::io::Lines<BufReader<ChildStdout>>,
 }
 
-impl Printed {
+impl WatchProcess {
     fn start(server: &Server, args: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
         command.args(["watch", "--addr", &server.addr]).args(args).env_clear();
@@ -27,80 +27,82 @@ impl Printed {
         tokio::task::block_in_place(|| serde_json::from_str(&self.lines.next().unwrap().unwrap()).unwrap())
     }
 
-    /// Interrupts it; it ends well.
+    /// Interrupts the process, which must exit with success.
     async fn stop(mut self) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
-        assert!(eventually("it ends", async || self.child.try_wait().unwrap()).await.success());
+        assert!(eventually("the watch ends", async || self.child.try_wait().unwrap()).await.success());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watch_prints_changes_as_json_lines_and_goes_on_where_it_was() {
+async fn watch_prints_changes_as_json_lines_and_resumes_from_its_token() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("token");
     let args = ["--send-initial-state", "--resume-file", file.to_str().unwrap()];
-    let mut printed = Printed::start(&server, &args);
-    let line = printed.next();
+    let mut watch = WatchProcess::start(&server, &args);
+    let line = watch.next();
     assert_eq!(line["kind"], "CHANGE_KIND_EXISTING");
     assert_eq!((&line["id"], &line["user"]["username"]), (&alice.id.clone().into(), &alice.username.into()));
     assert_eq!(line["user"]["createTime"], alice.create_time.unwrap().to_string());
     assert_eq!((&line["revision"], &line["user"]["deleteTime"]), (&"1".into(), &serde_json::Value::Null));
-    assert_eq!(printed.next()["initialStateEnd"], true);
+    assert_eq!(watch.next()["initialStateEnd"], true);
     client.update_user(rename(&alice.id, "New")).await.unwrap();
-    assert_eq!(printed.next()["user"]["displayName"], "New");
-    printed.stop().await;
+    assert_eq!(watch.next()["user"]["displayName"], "New");
+    watch.stop().await;
 
     client.expunge_user(expunge(&alice.id)).await.unwrap();
-    // It may print again what it had printed when it was stopped, before it wrote the token.
-    let mut printed = Printed::start(&server, &args);
-    let mut line = printed.next();
+    // Lines that were printed just before the interruption can be printed again, because the
+    // token is saved after them.
+    let mut watch = WatchProcess::start(&server, &args);
+    let mut line = watch.next();
     if line["kind"] == "CHANGE_KIND_UPDATED" {
-        line = printed.next();
+        line = watch.next();
     }
     assert_eq!(
         line,
         serde_json::json!({"kind": "CHANGE_KIND_EXPUNGED", "id": alice.id, "revision": "3", "removed": true})
     );
     drop(server);
-    // It waits for the service to come back.
-    assert!(printed.child.try_wait().unwrap().is_none());
-    printed.stop().await;
+    // Without a service, the watch retries.
+    assert!(watch.child.try_wait().unwrap().is_none());
+    watch.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watch_can_be_interrupted_while_nobody_takes_what_it_prints() {
+async fn watch_can_be_interrupted_while_its_output_is_blocked() {
     let (server, database) = server().await;
     insert(&database, "user", 1, 1_000).await;
-    let printed = Printed::start(&server, &["--send-initial-state"]);
-    let pid = printed.child.id();
+    let watch = WatchProcess::start(&server, &["--send-initial-state"]);
+    let pid = watch.child.id();
     eventually("the pipe is full", async || {
         let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
         let written = io.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap();
         (written.parse::<u64>().unwrap() > 55_000).then_some(())
     })
     .await;
-    printed.stop().await;
+    watch.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watch_can_be_of_some_users() {
+async fn watch_filters_users() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let (ann, bob) = (created(&mut client, "ann").await, created(&mut client, "bob").await);
-    let mut of_ann = Printed::start(&server, &["--send-initial-state", "--username-prefix", &ann.username]);
+    let mut of_ann =
+        WatchProcess::start(&server, &["--send-initial-state", "--username-prefix", &ann.username]);
     assert_eq!(of_ann.next()["id"], ann.id);
     assert_eq!(of_ann.next()["initialStateEnd"], true);
-    let mut of_live = Printed::start(&server, &["--send-initial-state", "--include-deleted", "false"]);
+    let mut of_live = WatchProcess::start(&server, &["--send-initial-state", "--include-deleted", "false"]);
     assert_eq!(of_live.next()["id"], bob.id);
     assert_eq!(of_live.next()["id"], ann.id);
     assert_eq!(of_live.next()["initialStateEnd"], true);
     client.delete_user(delete(&bob.id)).await.unwrap();
-    for printed in [&mut of_ann, &mut of_live] {
-        let line = printed.next();
+    for watch in [&mut of_ann, &mut of_live] {
+        let line = watch.next();
         assert_eq!((&line["id"], &line["removed"]), (&bob.id.clone().into(), &true.into()));
         assert_eq!(line["user"], serde_json::Value::Null);
     }
@@ -109,15 +111,15 @@ async fn watch_can_be_of_some_users() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watch_ends_well_when_nobody_reads_it_and_says_why_a_token_is_of_no_use() {
+async fn watch_exits_when_its_output_is_closed_and_reports_an_invalid_token() {
     let (server, _) = server().await;
     let mut client = server.client().await;
-    let mut printed = Printed::start(&server, &["--send-initial-state"]);
-    assert_eq!(printed.next()["initialStateEnd"], true);
-    let Printed { mut child, lines } = printed;
+    let mut watch = WatchProcess::start(&server, &["--send-initial-state"]);
+    assert_eq!(watch.next()["initialStateEnd"], true);
+    let WatchProcess { mut child, lines } = watch;
     drop(lines);
     created(&mut client, "alice").await;
-    assert!(eventually("it ends", async || child.try_wait().unwrap()).await.success());
+    assert!(eventually("the watch ends", async || child.try_wait().unwrap()).await.success());
 
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("token");
@@ -125,8 +127,8 @@ async fn watch_ends_well_when_nobody_reads_it_and_says_why_a_token_is_of_no_use(
     let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
     command.args(["watch", "--addr", &server.addr, "--resume-file"]).arg(&file).env_clear();
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-    assert!(!eventually("it ends", async || child.try_wait().unwrap()).await.success());
+    assert!(!eventually("the watch ends", async || child.try_wait().unwrap()).await.success());
     let mut error = String::new();
     child.stderr.take().unwrap().read_to_string(&mut error).unwrap();
-    assert!(error.contains("resume_token: is not a whole token"), "{error}");
+    assert!(error.contains("RESUME_TOKEN_INVALID: "), "{error}");
 }
