@@ -1,4 +1,4 @@
-# A newcomer needs `make run` and `make test`; `make` lists the rest.
+# `make run` and `make test` are enough for a start; `make` lists the other targets.
 
 TOOLS := $(CURDIR)/.tools
 BUF_VERSION := 1.75.0
@@ -7,29 +7,54 @@ BUF := $(TOOLS)/node_modules/.bin/buf
 PYTHON := $(TOOLS)/venv/bin/python
 CARGO_DENY := $(TOOLS)/bin/cargo-deny
 
+# The last release, as an image of the protos. A release replaces it:
+# `.tools/node_modules/.bin/buf build proto --output proto/baseline.binpb`
+PROTO_BASELINE := proto/baseline.binpb
+
 .PHONY: help
 help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+.PHONY: setup
+setup: setup-run setup-test setup-lint ## Install everything that run, test and lint need
+
+.PHONY: setup-run setup-test setup-lint
+setup-run: rust $(if $(DATABASE_URL),,postgres)
+setup-test: rust postgres $(BUF) $(PYTHON)
+setup-lint: rust $(BUF) $(CARGO_DENY)
 
 .PHONY: run
-run: $(if $(DATABASE_URL),,postgres) ## Run the service, on a private PostgreSQL unless DATABASE_URL is set
+run: setup-run ## Run the service, on a private PostgreSQL unless DATABASE_URL is set
 	cargo run --release
 
 .PHONY: test
-test: postgres $(BUF) $(PYTHON) ## Run all tests
+test: setup-test ## Run all tests, with request coalescing and without
 	cargo test --locked
 	REQUEST_COALESCING=off cargo test --locked --test it
 
 .PHONY: lint
-lint: $(BUF) $(CARGO_DENY) ## Check formatting, code, protos, and dependencies' licences
+lint: setup-lint breaking ## Check formatting, code, protos, and dependencies' licences
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
 	cargo fmt --check --manifest-path bench/Cargo.toml
 	cargo clippy --all-targets --locked --manifest-path bench/Cargo.toml --target-dir target -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked --quiet
-	$(BUF) lint
-	$(BUF) format --diff --exit-code
+	$(BUF) lint proto
+	$(BUF) format proto --diff --exit-code
 	$(CARGO_DENY) check licenses bans sources
+
+.PHONY: breaking
+breaking: $(BUF) ## Check that the protos are compatible with the last release
+	$(BUF) breaking proto --against $(PROTO_BASELINE)
+
+# Fetching is a step of its own: an advisory fails the target, a missing network does not.
+.PHONY: advisories
+advisories: rust git $(CARGO_DENY) ## Check dependencies against the RustSec advisory database
+	@if $(CARGO_DENY) fetch db; then \
+		$(CARGO_DENY) check advisories; \
+	else \
+		echo "NOT CHECKED: the advisory database cannot be fetched. No advisory was looked at." >&2; \
+	fi
 
 .PHONY: bench
 bench: postgres binaries ## Measure the service beside pgbench: a few minutes, a quiet machine
@@ -57,24 +82,38 @@ image: ## Build the container image
 clean: ## Remove what was built and installed here
 	rm -rf target .tools
 
-# What the targets need. A missing program comes from the distribution's packages
-# where we know how to get it, or the target says what to install.
+# What the targets need. A missing program is installed from the distribution's packages
+# on Debian and Ubuntu, as root or by sudo. Elsewhere the target says what to install.
 
-# $(call need,PROGRAM THAT SHOULD WORK,DEBIAN PACKAGES,WHAT TO SAY)
+# $(call need,COMMAND THAT SUCCEEDS IF IT IS THERE,DEBIAN PACKAGES,WHAT TO INSTALL ELSEWHERE)
 define need
-	@$(1) >/dev/null 2>&1 || { \
-		if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-			apt-get update -qq && apt-get install -y -qq $(2); \
-		elif command -v apt-get >/dev/null && command -v sudo >/dev/null; then \
-			sudo apt-get update -qq && sudo apt-get install -y -qq $(2); \
-		else \
-			echo "Please install $(3)." >&2; exit 1; \
-		fi; }
+	@{ $(1); } >/dev/null 2>&1 || { \
+		if ! command -v apt-get >/dev/null; then sudo=none; \
+		elif [ "$$(id -u)" = 0 ]; then sudo=; \
+		elif command -v sudo >/dev/null; then sudo=sudo; \
+		else sudo=none; fi; \
+		if [ "$$sudo" = none ]; then echo "Please install $(3)." >&2; exit 1; fi; \
+		$$sudo apt-get update -qq && \
+		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(2); }
 endef
+
+# The packages of Debian 12 have a toolchain that is too old, so it is not installed here.
+.PHONY: rust
+rust:
+	@command -v cargo >/dev/null || { \
+		echo "Please install a Rust toolchain, 1.92 or later: https://rustup.rs" >&2; exit 1; }
+	$(call need,command -v cc,gcc libc6-dev,a C compiler and linker)
 
 .PHONY: postgres
 postgres:
-	$(call need,command -v initdb || ls /usr/lib/postgresql/*/bin/initdb /opt/homebrew/opt/postgresql*/bin/initdb /usr/local/opt/postgresql*/bin/initdb | grep .,postgresql,the server of PostgreSQL 14 or later or set DATABASE_URL)
+	$(call need,command -v initdb || ls $(POSTGRES_INITDB) | grep .,postgresql,the server of PostgreSQL 14 or later or set DATABASE_URL)
+
+POSTGRES_INITDB := /usr/lib/postgresql/*/bin/initdb /usr/local/lib/postgresql/*/bin/initdb \
+	/opt/homebrew/opt/postgresql*/bin/initdb /usr/local/opt/postgresql*/bin/initdb
+
+.PHONY: git
+git:
+	$(call need,command -v git,git,git)
 
 .PHONY: wrk
 wrk:

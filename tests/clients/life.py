@@ -42,7 +42,7 @@ def refused(code, reason, rpc, **fields):
             details[name] = getattr(error_details_pb2, name)()
             assert packed.Unpack(details[name])
         assert details["ErrorInfo"].reason == reason, details
-        assert details["ErrorInfo"].domain == "users.v1"
+        assert details["ErrorInfo"].domain == "user-service.users.v1"
         return details
     raise AssertionError(f"{rpc} was not refused: {answer}")
 
@@ -71,7 +71,7 @@ assert not call("CheckUsername", username="zqzqalice").available
 # Changed, unless somebody else was faster.
 user = call("UpdateUser", user=dict(id=user.id, display_name="A.", revision=1), update_mask=dict(paths=["display_name"])).user
 assert (user.revision, user.display_name) == (2, "A.")
-details = refused(grpc.StatusCode.ABORTED, "REVISION_MISMATCH", "UpdateUser", user=dict(id=user.id, display_name="B.", revision=1))
+details = refused(grpc.StatusCode.FAILED_PRECONDITION, "REVISION_MISMATCH", "UpdateUser", user=dict(id=user.id, display_name="B.", revision=1))
 assert details["ErrorInfo"].metadata["current_revision"] == "2"
 
 # Listed, page by page.
@@ -99,7 +99,7 @@ assert details["ErrorInfo"].metadata["items"].split(",") == [str(n) for n in ran
 assert call("DeleteUser", id=user.id).user.HasField("delete_time")
 refused(grpc.StatusCode.FAILED_PRECONDITION, "USER_DELETED", "DeleteUser", id=user.id)
 assert call("UndeleteUser", id=user.id).user.revision == 4
-assert call("ExpungeUser", id=user.id).user_id == user.id
+assert call("ExpungeUser", id=user.id, force=True).user_id == user.id
 details = refused(grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND", "GetUser", id=user.id)
 assert details["ResourceInfo"].resource_name == user.id
 

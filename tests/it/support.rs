@@ -384,7 +384,7 @@ pub async fn created(client: &mut UserServiceClient<Channel>, name: &str) -> pb:
 pub fn reason(status: &Status) -> String {
     let details = status.get_error_details();
     let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
-    assert_eq!(info.domain, "users.v1");
+    assert_eq!(info.domain, "user-service.users.v1");
     info.reason.clone()
 }
 

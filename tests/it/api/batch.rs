@@ -292,7 +292,7 @@ async fn the_code_of_a_refusal_is_that_of_what_is_hardest_to_cure() {
     let taken = pb::User { username: users[0].username.clone(), ..renamed(&users[3].id, "x") };
     let items = [
         (renamed(&users[4].id, "x"), Code::Ok, ""),
-        (stale, Code::Aborted, "REVISION_MISMATCH"),
+        (stale, Code::FailedPrecondition, "REVISION_MISMATCH"),
         (taken, Code::AlreadyExists, "USERNAME_TAKEN"),
         (renamed(&users[1].id, "x"), Code::FailedPrecondition, "USER_DELETED"),
         (renamed(&new_request_id(), "x"), Code::NotFound, "USER_NOT_FOUND"),

@@ -65,7 +65,7 @@ async fn a_delete_looks_at_revision_and_state() {
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
     let stale = pb::DeleteUserRequest { revision: 7, ..delete(&user.id) };
-    assert_refused(client.delete_user(stale).await, Code::Aborted, "REVISION_MISMATCH");
+    assert_refused(client.delete_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
     let current = pb::DeleteUserRequest { revision: 1, ..delete(&user.id) };
     let validated = pb::DeleteUserRequest { validate_only: true, ..current.clone() };
     let tried = client.delete_user(validated).await.unwrap().into_inner().user.unwrap();

@@ -268,7 +268,7 @@ async fn exports_beyond_the_limit_are_refused_until_a_client_has_gone_and_its_qu
     for _ in 0..2 {
         held.push(begin(&client, None).await.unwrap());
     }
-    let status = assert_refused(begin(&client, None).await, Code::ResourceExhausted, "OVERLOADED");
+    let status = assert_refused(begin(&client, None).await, Code::Unavailable, "OVERLOADED");
     assert!(status.message().contains("2 exports"), "{status:?}");
     assert_eq!(database.count(EXPORTS).await, 2);
     held.pop();
@@ -321,7 +321,7 @@ async fn an_export_that_breaks_off_never_looks_complete() {
     server.signal("TERM");
     let stops = async || server.log().contains(r#""message":"stopping""#).then_some(());
     eventually("it stops", stops).await;
-    let status = assert_refused(rest(parts).await, Code::Unavailable, "STOPPING");
+    let status = assert_refused(rest(parts).await, Code::Unavailable, "SHUTTING_DOWN");
     assert!(!status.message().contains("postgres"));
     assert!(server.ended().await.success());
     eventually("its query ends", async || (database.count(EXPORTS).await == 0).then_some(())).await;

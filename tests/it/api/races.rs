@@ -35,7 +35,7 @@ async fn of_two_updates_of_one_revision_the_second_is_refused() {
     let answers: [_; 2] = race(&database, one, two).await.into();
     let (won, lost): (Vec<_>, Vec<_>) = answers.into_iter().partition(Result::is_ok);
     assert_eq!(won.len(), 1);
-    assert_refused(lost.into_iter().next().unwrap(), Code::Aborted, "REVISION_MISMATCH");
+    assert_refused(lost.into_iter().next().unwrap(), Code::FailedPrecondition, "REVISION_MISMATCH");
 }
 
 #[tokio::test]
@@ -50,7 +50,7 @@ async fn a_delete_of_a_revision_that_an_update_has_passed_is_refused() {
     let delete = async move { deleter.delete_user(delete).await };
     let (updated, deleted) = race(&database, update, delete).await;
     updated.unwrap();
-    assert_refused(deleted, Code::Aborted, "REVISION_MISMATCH");
+    assert_refused(deleted, Code::FailedPrecondition, "REVISION_MISMATCH");
 }
 
 #[tokio::test]

@@ -126,7 +126,7 @@ async fn a_failed_call_leaves_no_record_and_an_expired_one_counts_no_more() {
         request_id: new_request_id(),
         ..Default::default()
     };
-    assert_refused(client.update_user(stale).await, Code::Aborted, "REVISION_MISMATCH");
+    assert_refused(client.update_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
     assert_eq!(database.count("select count(*) from requests").await, 0);
 
     client.expunge_user(expunge(&id)).await.unwrap();

@@ -808,7 +808,7 @@ async fn a_server_that_stops_ends_its_watches_with_a_token_that_others_take() {
     let id = created(&mut two.client().await, "alice").await.id;
     for mut watch in watches {
         let status = watch.end().await;
-        assert_refused::<()>(Err(status), Code::Unavailable, "STOPPING");
+        assert_refused::<()>(Err(status), Code::Unavailable, "SHUTTING_DOWN");
         let mut resumed = Watch::resumed(&mut two.client().await, &watch.token).await.unwrap();
         assert_eq!(resumed.changes(1).await[0].id, id);
     }
@@ -822,7 +822,7 @@ async fn more_watches_than_are_allowed_are_refused_with_the_limit() {
     let one = Watch::from_now(&mut client).await;
     let _two = Watch::from_now(&mut client).await;
     let refused = Watch::open(&mut client, initial_state()).await.map(drop);
-    let status = assert_refused(refused, Code::ResourceExhausted, "OVERLOADED");
+    let status = assert_refused(refused, Code::Unavailable, "OVERLOADED");
     assert!(status.message().contains('2') && status.get_error_details().retry_info().is_some());
     drop(one);
     let again = async || Watch::open(&mut client.clone(), initial_state()).await.ok().map(drop);

@@ -65,7 +65,7 @@ async fn buf_curl_walks_a_users_whole_life() {
     assert!(buf_curl(&server, "UndeleteUser", &with_id("")).unwrap_err().contains("failed_precondition"));
     let undelete = with_id(r#","username":"zqzqal""#);
     assert!(buf_curl(&server, "UndeleteUser", &undelete).unwrap().contains(r#""revision":"4""#));
-    assert!(buf_curl(&server, "ExpungeUser", &with_id("")).unwrap().contains(id));
+    assert!(buf_curl(&server, "ExpungeUser", &with_id(r#","force":true"#)).unwrap().contains(id));
     assert!(buf_curl(&server, "GetUser", &with_id("")).unwrap_err().contains("not_found"));
 }
 
