@@ -1,6 +1,6 @@
 //! The service beside an older binary of it, on one PostgreSQL server.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use crate::{
     format::{table, thousands},
@@ -8,14 +8,16 @@ use crate::{
     plan::{Plan, Variant},
     postgres::Postgres,
     requests::Work,
-    results::{Cell, Results, Section, Summary, ratios},
+    results::{Cell, Results, Section},
     service::Service,
 };
 
 const WORKS: [Work; 3] = [Work::GetById, Work::Create, Work::Update];
 const IN_FLIGHT: [usize; 3] = [1, 100, 512];
-/// Short turns, many times, because a ratio of two neighbouring measurements is noisy.
-const REPETITIONS_FACTOR: u32 = 2;
+/// Turns are shorter and more frequent than those of the other measurements, because other
+/// activity on the machine must affect both binaries to show a difference of a few percent.
+const TURNS: u32 = 6;
+const MIN_TURN: Duration = Duration::from_millis(200);
 
 /// Measures both binaries in turns. Each has a database of its own with the same users.
 pub async fn run(
@@ -32,8 +34,9 @@ pub async fn run(
         let database = postgres.create_database(binary, name, plan.users).await?;
         services.push((variant, Service::start(binary, &database, true).await?));
     }
-    let load = Load { rate: None, warm_up: plan.warm_up, duration: plan.duration / REPETITIONS_FACTOR };
-    for repetition in 1..=plan.repetitions * REPETITIONS_FACTOR as usize {
+    let duration = (plan.duration / TURNS).max(MIN_TURN);
+    let load = Load { rate: None, warm_up: plan.warm_up / 2, duration };
+    for repetition in 1..=plan.repetitions * TURNS as usize {
         eprintln!("baseline, repetition {repetition}");
         for work in WORKS {
             for in_flight in IN_FLIGHT {
@@ -63,11 +66,10 @@ pub fn report(results: &Results, plan: &Plan) -> String {
             results.each(Section::Baseline.key(work, variant, in_flight, plan.users), figure)
         };
         let ratio = |figure| {
-            let ratios = ratios(&each(Variant::Coalesced, figure), &each(Variant::Baseline, figure));
-            let Summary { median, min, max } = Summary::of(&ratios);
-            format!("**{median:.2}** ({min:.2} to {max:.2})")
+            let ratios = each(Variant::Coalesced, figure) / each(Variant::Baseline, figure);
+            format!("**{:.2}**{}", ratios.median(), ratios.range(|ratio| format!("{ratio:.2}")))
         };
-        let rate = |variant| thousands(Summary::of(&each(variant, |cell| cell.rate)).median);
+        let rate = |variant| thousands(each(variant, |cell| cell.rate).median());
         vec![
             format!("{}, {in_flight} in flight", work.name()),
             rate(Variant::Baseline),

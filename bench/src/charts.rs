@@ -6,6 +6,7 @@ use plotters::{
     coord::ranged1d::{AsRangedCoord, ValueFormatter},
     prelude::*,
     series::DashedLineSeries,
+    style::text_anchor::{HPos, Pos, VPos},
 };
 
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
     format::thousands,
     plan::{LOADS, Plan, Variant},
     requests::Work,
-    results::{Cell, Results, Section, Summary},
+    results::{Cell, Results, Section},
     targets::best_of_pgbench,
 };
 
@@ -34,80 +35,71 @@ const GREY: RGBColor = RGBColor(89, 99, 110);
 const GRID: RGBColor = RGBColor(228, 231, 235);
 
 const SIZE: (u32, u32) = (760, 400);
-const FONT: &str = "sans-serif";
+const TITLE_FONT: (&str, u32) = ("sans-serif", 22);
+const FONT: (&str, u32) = ("sans-serif", 16);
 
-struct Line {
-    label: &'static str,
-    colour: RGBColor,
-    is_dashed: bool,
-    /// One value per step of the x axis.
-    values: Vec<f64>,
-}
+/// A label, a colour, whether it is dashed, and a value per step of the x axis.
+type Line = (&'static str, RGBColor, bool, Vec<f64>);
 
 /// Writes all charts into a directory.
 pub fn write(results: &Results, plan: &Plan, dir: &Path) -> anyhow::Result<()> {
     let [rate, latency, cpu, delivery] = FILES.map(|(file, title)| (dir.join(file), title));
     let at_loads = |work, variant, figure: fn(&Cell) -> f64| {
         let key = |load| Section::Calls.key(work, variant, load, plan.users);
-        LOADS.map(|(load, _)| Summary::of(&results.each(key(load), figure)).median).to_vec()
+        LOADS.map(|(load, _)| results.each(key(load), figure).median()).to_vec()
     };
-    let line = |label, colour, is_dashed, values| Line { label, colour, is_dashed, values };
-    let loads = LOADS.map(|(load, _)| load.to_string());
+    let rates = |work, variant| at_loads(work, variant, |cell| cell.rate);
+    let p99s = |work, variant| at_loads(work, variant, |cell| cell.p99);
+    let delivered = |index: usize| {
+        let figures = DELIVERY.iter().filter_map(|(_, figures)| figures.get(index));
+        figures.map(|figure| results.figure(*figure).median()).collect()
+    };
     let (coalesced, single) = (Variant::Coalesced, Variant::Single);
+    let loads = LOADS.map(|(load, _)| load.to_string());
+    let pgbench = best_of_pgbench(results, plan, Work::GetById).median();
 
-    let calls =
-        |label, colour, work, variant| line(label, colour, false, at_loads(work, variant, |cell| cell.rate));
-    let pgbench = Summary::of(&best_of_pgbench(results, plan, Work::GetById)).median;
     let lines = [
-        calls("empty call", GREY, Work::Empty, coalesced),
-        calls("GetUser", BLUE, Work::GetById, coalesced),
-        calls("GetUser, coalescing off", PURPLE, Work::GetById, single),
-        line("pgbench, same SELECT", ORANGE, true, vec![pgbench; LOADS.len()]),
+        ("empty call", GREY, false, rates(Work::Empty, coalesced)),
+        ("GetUser", BLUE, false, rates(Work::GetById, coalesced)),
+        ("GetUser, coalescing off", PURPLE, false, rates(Work::GetById, single)),
+        ("pgbench, same SELECT", ORANGE, true, vec![pgbench; LOADS.len()]),
     ];
-    let axes = ["calls in flight", "calls/s"];
-    draw_lines(&rate.0, rate.1, axes, &loads, 0.0..highest(&lines) * 1.05, &lines)?;
+    draw_lines(&rate.0, rate.1, ["calls in flight", "calls/s"], &loads, 0.0..highest(&lines), &lines)?;
 
-    let p99 = |label, colour, work, variant| {
-        line(label, colour, variant == single, at_loads(work, variant, |cell| cell.p99))
-    };
     let lines = [
-        p99("GetUser", BLUE, Work::GetById, coalesced),
-        p99("GetUser, coalescing off", BLUE, Work::GetById, single),
-        p99("CreateUser", GREEN, Work::Create, coalesced),
-        p99("CreateUser, coalescing off", GREEN, Work::Create, single),
+        ("GetUser", BLUE, false, p99s(Work::GetById, coalesced)),
+        ("GetUser, coalescing off", BLUE, true, p99s(Work::GetById, single)),
+        ("CreateUser", GREEN, false, p99s(Work::Create, coalesced)),
+        ("CreateUser, coalescing off", GREEN, true, p99s(Work::Create, single)),
     ];
-    let lowest = lines.iter().flat_map(|line| line.values.iter().copied()).fold(f64::MAX, f64::min);
-    let power = |value: f64| 10_f64.powf(value);
-    let range = power(lowest.log10().floor())..power(highest(&lines).log10().ceil());
-    draw_lines(&latency.0, latency.1, ["calls in flight", "ms"], &loads, range.log_scale(), &lines)?;
+    let range = (0.01..highest(&lines) * 2.0).log_scale();
+    draw_lines(&latency.0, latency.1, ["calls in flight", "ms"], &loads, range, &lines)?;
 
-    let delivered = |label, colour, is_dashed, index: usize| {
-        let values = DELIVERY.iter().filter_map(|(_, figures)| figures.get(index));
-        let values = values.map(|figure| Summary::of(results.figure(*figure)).median);
-        line(label, colour, is_dashed, values.collect())
-    };
     let lines = [
-        delivered("same replica, p99", BLUE, false, 1),
-        delivered("another replica, p99", ORANGE, false, 3),
-        delivered("same replica, median", BLUE, true, 0),
-        delivered("another replica, median", ORANGE, true, 2),
+        ("same replica, p99", BLUE, false, delivered(1)),
+        ("another replica, p99", ORANGE, false, delivered(3)),
+        ("same replica, median", BLUE, true, delivered(0)),
+        ("another replica, median", ORANGE, true, delivered(2)),
     ];
-    let shares = DELIVERY.map(|(share, _)| format!("{:.0} %", share * 100.0));
-    let axes = ["of the highest create rate", "ms"];
-    draw_lines(&delivery.0, delivery.1, axes, &shares, 0.0..highest(&lines) * 1.05, &lines)?;
+    let (shares, axes) =
+        (DELIVERY.map(|(share, _)| format!("{:.0} %", share * 100.0)), ["of the highest create rate", "ms"]);
+    draw_lines(&delivery.0, delivery.1, axes, &shares, 0.0..highest(&lines), &lines)?;
 
-    let bars = [Work::GetById, Work::Create, Work::Update]
-        .into_iter()
-        .flat_map(|work| [(work, coalesced, ""), (work, single, ", coalescing off")]);
-    let bars = bars.filter_map(|(work, variant, suffix)| {
-        let cell = results.median(Section::Calls.key(work, variant, 512, plan.users))?;
-        Some((format!("{}{suffix}", work.name()), cell))
+    // The first bar is at the bottom.
+    let works = [Work::Update, Work::Create, Work::GetById].into_iter();
+    let rows = works.flat_map(|work| [(work, single, ", coalescing off"), (work, coalesced, "")]);
+    let bars = rows.map(|(work, variant, suffix)| {
+        let key = Section::Calls.key(work, variant, 512, plan.users);
+        let each = |figure: fn(&Cell) -> f64| results.each(key, figure).median();
+        let [service, database] = [each(|cell| cell.service), each(|cell| cell.database)];
+        (format!("{}{suffix}", work.name()), [service, service + database])
     });
     draw_bars(&cpu.0, cpu.1, &bars.collect::<Vec<_>>())
 }
 
+/// The end of an axis, above all values.
 fn highest(lines: &[Line]) -> f64 {
-    lines.iter().flat_map(|line| line.values.iter().copied()).fold(f64::MIN_POSITIVE, f64::max)
+    lines.iter().flat_map(|(.., values)| values).fold(f64::MIN_POSITIVE, |a, b| a.max(*b)) * 1.05
 }
 
 fn draw_lines<Y>(
@@ -124,101 +116,69 @@ where
 {
     let area = SVGBackend::new(file, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
-    let last = steps.len() as f64 - 1.0;
-    let mut chart = ChartBuilder::on(&area)
-        .caption(title, (FONT, 22))
-        .margin(16)
-        .x_label_area_size(44)
-        .y_label_area_size(72)
-        .build_cartesian_2d(-0.1..last + 0.1, y_range)?;
-    let step = |x: &f64| match x.fract() {
-        0.0 => steps.get(*x as usize).cloned().unwrap_or_default(),
-        _ => String::new(),
-    };
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .label_style((FONT, 16))
-        .x_labels(steps.len())
-        .x_label_formatter(&step)
-        .y_label_formatter(&|value| if *value < 1000.0 { value.to_string() } else { thousands(*value) })
-        .x_desc(x_axis)
-        .y_desc(y_axis)
-        .draw()?;
-    for line in lines {
-        let points: Vec<(f64, f64)> = line.values.iter().enumerate().map(|(x, y)| (x as f64, *y)).collect();
-        let style = line.colour.stroke_width(2);
-        let series = if line.is_dashed {
+    let mut builder = ChartBuilder::on(&area);
+    builder.caption(title, TITLE_FONT).margin(16).x_label_area_size(44).y_label_area_size(72);
+    // The part behind the last step has the legend.
+    let width = (steps.len() as f64 - 1.0) * 1.6;
+    let mut chart = builder.build_cartesian_2d(-0.1..width, y_range)?;
+    let step = |x: &f64| steps.get(*x as usize).filter(|_| x.fract() == 0.0).cloned().unwrap_or_default();
+    let value = |y: &f64| if *y < 1000.0 { y.to_string() } else { thousands(*y) };
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_x_mesh().light_line_style(TRANSPARENT).bold_line_style(GRID).label_style(FONT);
+    mesh.x_labels(2 * steps.len()).x_label_formatter(&step).x_desc(x_axis);
+    mesh.y_label_formatter(&value).y_desc(y_axis).draw()?;
+    for &(label, colour, is_dashed, ref values) in lines {
+        let points: Vec<(f64, f64)> = values.iter().enumerate().map(|(x, y)| (x as f64, *y)).collect();
+        let style = colour.stroke_width(2);
+        let series = if is_dashed {
             chart.draw_series(DashedLineSeries::new(points, 6, 5, style))?
         } else {
             chart.draw_series(LineSeries::new(points, style).point_size(4))?
         };
-        let is_dashed = line.is_dashed;
-        series.label(line.label).legend(move |(x, y)| {
+        series.label(label).legend(move |(x, y)| {
             let path = |from, to| PathElement::new([(x + from, y), (x + to, y)], style);
             EmptyElement::at((0, 0)) + path(0, if is_dashed { 7 } else { 18 }) + path(11, 18)
         });
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.8))
-        .label_font((FONT, 16))
-        .draw()?;
-    area.present()?;
-    Ok(())
+    let mut legend = chart.configure_series_labels();
+    legend.position(SeriesLabelPosition::UpperRight).background_style(WHITE);
+    legend.label_font(FONT).draw()?;
+    Ok(area.present()?)
 }
 
-/// One bar per cell, with the parts of the service and of the database.
-fn draw_bars(file: &Path, title: &str, bars: &[(String, Cell)]) -> anyhow::Result<()> {
+/// Bars with the end of the service's part, and of the database's part behind it.
+fn draw_bars(file: &Path, title: &str, bars: &[(String, [f64; 2])]) -> anyhow::Result<()> {
     let area = SVGBackend::new(file, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
-    let highest = bars.iter().map(|(_, cell)| cell.cpu()).fold(f64::MIN_POSITIVE, f64::max);
-    let mut chart = ChartBuilder::on(&area)
-        .caption(title, (FONT, 22))
-        .margin(16)
-        .x_label_area_size(44)
-        .y_label_area_size(190)
-        .build_cartesian_2d(0.0..highest * 1.1, (0..bars.len().saturating_sub(1)).into_segmented())?;
+    let highest = bars.iter().map(|(_, [_, end])| *end).fold(f64::MIN_POSITIVE, f64::max);
+    let mut builder = ChartBuilder::on(&area);
+    builder.caption(title, TITLE_FONT).margin(16).x_label_area_size(44).y_label_area_size(210);
+    let rows = (0..bars.len().saturating_sub(1)).into_segmented();
+    let mut chart = builder.build_cartesian_2d(0.0..highest * 1.1, rows)?;
     let name = |bar: &SegmentValue<usize>| match bar {
         SegmentValue::CenterOf(n) => bars.get(*n).map(|(name, _)| name.clone()).unwrap_or_default(),
         _ => String::new(),
     };
-    chart
-        .configure_mesh()
-        .disable_y_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .label_style((FONT, 16))
-        .y_labels(bars.len())
-        .y_label_formatter(&name)
-        .x_desc("µs, 512 calls in flight")
-        .draw()?;
-    for (label, colour) in [("service", BLUE), ("PostgreSQL", ORANGE)] {
-        let bar = |(n, (_, cell)): (usize, &(String, Cell))| {
-            let [from, to] = if colour == BLUE { [0.0, cell.service] } else { [cell.service, cell.cpu()] };
-            let corners = [(from, SegmentValue::Exact(n)), (to, SegmentValue::Exact(n + 1))];
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_y_mesh().light_line_style(TRANSPARENT).bold_line_style(GRID).label_style(FONT);
+    mesh.y_labels(bars.len()).y_label_formatter(&name).x_desc("µs, 512 calls in flight");
+    mesh.x_label_formatter(&|x| format!("{x:.0}")).draw()?;
+    // The bars to the end are drawn first, and those of the service over them.
+    for (label, colour, part) in [("PostgreSQL", ORANGE, 1), ("service", BLUE, 0)] {
+        let bar = |(n, (_, ends)): (usize, &(String, [f64; 2]))| {
+            let end = ends.get(part).copied().unwrap_or_default();
+            let corners = [(0.0, SegmentValue::Exact(n)), (end, SegmentValue::Exact(n + 1))];
             let mut bar = Rectangle::new(corners, colour.filled());
             bar.set_margin(12, 12, 0, 0);
             bar
         };
-        chart
-            .draw_series(bars.iter().enumerate().map(bar))?
-            .label(label)
-            .legend(move |(x, y)| Rectangle::new([(x, y - 6), (x + 12, y + 6)], colour.filled()));
+        let series = chart.draw_series(bars.iter().enumerate().map(bar))?.label(label);
+        series.legend(move |(x, y)| Rectangle::new([(x, y - 6), (x + 12, y + 6)], colour.filled()));
     }
-    let totals = bars.iter().enumerate().map(|(n, (_, cell))| {
-        let style = (FONT, 16).into_font();
-        Text::new(format!(" {:.0}", cell.cpu()), (cell.cpu(), SegmentValue::CenterOf(n)), style)
-    });
-    chart.draw_series(totals)?;
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font((FONT, 16))
-        .draw()?;
-    area.present()?;
-    Ok(())
+    let style = TextStyle::from(FONT.into_font()).pos(Pos::new(HPos::Left, VPos::Center));
+    chart.draw_series(bars.iter().enumerate().map(|(n, (_, [_, end]))| {
+        Text::new(format!(" {end:.0}"), (*end, SegmentValue::CenterOf(n)), style.clone())
+    }))?;
+    chart.configure_series_labels().position(SeriesLabelPosition::UpperRight).label_font(FONT).draw()?;
+    Ok(area.present()?)
 }

@@ -17,10 +17,10 @@ use crate::{
     plan::{Plan, Variant},
     postgres::{Database, Postgres},
     requests::{Requests, Work},
-    results::{Cell, Results, Section, Summary, ratios},
+    results::{Cell, Key, Results, Section},
     server::Server,
     service::{Service, callers},
-    usage::{Usage, machine},
+    usage::{Meter, machine},
 };
 
 /// The Python programs.
@@ -62,10 +62,11 @@ pub async fn run(plan: &Plan, python: &Path, postgres: &Postgres) -> anyhow::Res
             for work in WORKS {
                 let mut load = Load { rate: None, warm_up: plan.warm_up, duration: plan.duration / 2 };
                 // Connections are opened and statements prepared before anything counts.
-                stack.measure(server.addr, work, 10, load).await.context(*name)?;
+                stack.measure(&server, &database, work, 10, load).await.context(*name)?;
                 load.duration = plan.duration;
                 for connections in CONNECTIONS {
-                    let cell = stack.measure(server.addr, work, connections, load).await.context(*name)?;
+                    let cell =
+                        stack.measure(&server, &database, work, connections, load).await.context(*name)?;
                     results.push(key(work, connections), cell);
                 }
             }
@@ -78,7 +79,7 @@ pub async fn run(plan: &Plan, python: &Path, postgres: &Postgres) -> anyhow::Res
     report(plan, &results, &format!("PostgreSQL {}; {}", postgres.version().await?, versions.trim()))
 }
 
-fn key(work: Work, connections: usize) -> crate::results::Key {
+fn key(work: Work, connections: usize) -> Key {
     Section::Calls.key(work, Variant::Coalesced, connections, USERS)
 }
 
@@ -104,21 +105,22 @@ impl Stack {
 
     async fn measure(
         self,
-        addr: SocketAddr,
+        server: &Server,
+        database: &Database,
         work: Work,
         connections: usize,
         load: Load,
     ) -> anyhow::Result<Cell> {
         let mut requests = Requests::new(work, USERS, String::new());
-        let usage = || Ok(Usage::default());
+        let meter = Meter { service: Some(server.pid), postmaster: database.postmaster };
         if let Self::Http(_) = self {
             let mut callers = Vec::new();
             for _ in 0..connections {
-                callers.push(HttpCaller::connect(addr, requests.fork()).await?);
+                callers.push(HttpCaller::connect(server.addr, requests.fork()).await?);
             }
-            return generator::run(callers, load, usage).await;
+            return generator::run(callers, load, meter).await;
         }
-        generator::run(callers(addr, requests, connections).await?, load, usage).await
+        generator::run(callers(server.addr, requests, connections).await?, load, meter).await
     }
 }
 
@@ -170,21 +172,19 @@ impl Caller for HttpCaller {
 }
 
 fn report(plan: &Plan, results: &[Results; STACKS.len()], versions: &str) -> anyhow::Result<String> {
-    let highest = CONNECTIONS.iter().copied().max().unwrap_or_default();
-    let rates = |results: &Results, work, connections| results.each(key(work, connections), |cell| cell.rate);
-    let [baseline, ..] = results;
+    let each = |results: &Results, work, connections, figure: fn(&Cell) -> f64| {
+        results.each(key(work, connections), figure)
+    };
+    let [first, ..] = results;
     let rows = STACKS.iter().zip(results).map(|((name, _), results)| {
-        let rate = |(work, connections)| thousands(Summary::of(&rates(results, work, connections)).median);
-        let p99 = |work| Summary::of(&results.each(key(work, highest), |cell| cell.p99)).median;
-        let ratio = |work| {
-            let ratios = ratios(&rates(results, work, highest), &rates(baseline, work, highest));
-            format!("{:.2}", Summary::of(&ratios).median)
-        };
-        let rates =
-            WORKS.iter().flat_map(|work| CONNECTIONS.map(|connections| (*work, connections))).map(rate);
-        let p99s = WORKS.iter().map(|work| format!("{:.1}", p99(*work)));
-        let row = [(*name).to_owned()].into_iter().chain(rates).chain(p99s);
-        row.chain(WORKS.iter().map(|work| ratio(*work))).collect()
+        let mut row = vec![(*name).to_owned()];
+        for work in WORKS {
+            row.extend(CONNECTIONS.map(|n| thousands(each(results, work, n, |cell| cell.rate).median())));
+        }
+        row.extend(WORKS.map(|work| format!("{:.1}", each(results, work, 100, |cell| cell.p99).median())));
+        let rate = |results, work| each(results, work, 100, |cell| cell.rate);
+        row.extend(WORKS.map(|work| format!("{:.2}", (rate(results, work) / rate(first, work)).median())));
+        row
     });
     let columns = [
         "stack",

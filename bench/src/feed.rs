@@ -20,7 +20,7 @@ use crate::{
     plan::Plan,
     postgres::{Database, connect},
     requests::{NEW_NAMES, Work},
-    results::{Figure, Quantiles, Results},
+    results::{Figure, Results, quantiles},
     service::Service,
     statements::{self, SESSION_OPTIONS},
     usage::{peak_memory, reset_peak_memory},
@@ -37,14 +37,14 @@ pub const DELIVERY: [(f64, [Figure; 4]); 3] = [
 
 const fn delivery(names: [&'static str; 4]) -> [Figure; 4] {
     let [a, b, c, d] = names;
-    [Figure::new(a, "ms"), Figure::new(b, "ms"), Figure::new(c, "ms"), Figure::new(d, "ms")]
+    [Figure(a, "ms"), Figure(b, "ms"), Figure(c, "ms"), Figure(d, "ms")]
 }
 
-pub const UNWATCHED: Figure = Figure::new("`CreateUser` without watchers", "users/s");
-pub const WATCHED: Figure = Figure::new("`CreateUser` with 1000 watchers", "users/s");
-pub const WATCHER_MEMORY: Figure = Figure::new("resident memory of a watcher", "KiB");
-pub const UNLOGGED: Figure = Figure::new("batch statement of 128 creates, without the change log", "users/s");
-pub const LOGGED: Figure = Figure::new("batch statement of 128 creates, with the change log", "users/s");
+pub const UNWATCHED: Figure = Figure("`CreateUser` without watchers", "users/s");
+pub const WATCHED: Figure = Figure("`CreateUser` with 1000 watchers", "users/s");
+pub const WATCHER_MEMORY: Figure = Figure("resident memory of a watcher", "KiB");
+pub const UNLOGGED: Figure = Figure("batch statement of 128 creates, without the change log", "users/s");
+pub const LOGGED: Figure = Figure("batch statement of 128 creates, with the change log", "users/s");
 
 /// Calls in flight that create.
 const IN_FLIGHT: usize = 512;
@@ -75,23 +75,27 @@ pub async fn run(
             }
             create(plan, &same, Some(share * highest)).await?;
             for (watch, figures) in watches.into_iter().zip(figures.chunks(2)) {
-                let latencies = Quantiles::of(watch.stop().await?).context("nothing was delivered")?;
-                for (figure, value) in figures.iter().zip([latencies.median, latencies.p99]) {
+                let latencies = quantiles(watch.stop().await?).context("nothing was delivered")?;
+                for (figure, value) in figures.iter().zip(latencies) {
                     results.push_figure(*figure, value);
                 }
             }
         }
         for pair in 0..PAIRS {
+            let mut turns = [(UNWATCHED, 0), (WATCHED, WATCHERS)];
             // The order alternates, so that neither always follows the other.
-            let order = if pair % 2 == 0 { [0, WATCHERS] } else { [WATCHERS, 0] };
-            let first = create_watched(plan, &same, order[0]).await?;
-            let second = create_watched(plan, &same, order[1]).await?;
-            let (without, with) = if pair % 2 == 0 { (first, second) } else { (second, first) };
-            results.push_figure(UNWATCHED, without.0);
-            results.push_figure(WATCHED, with.0);
+            if pair % 2 == 1 {
+                turns.reverse();
+            }
+            let mut memory = 0.0;
+            for (figure, watchers) in turns {
+                let (rate, peak) = create_watched(plan, &same, watchers).await?;
+                results.push_figure(figure, rate);
+                memory = peak - memory;
+            }
             // Later, memory of earlier watchers may not have been returned yet.
             if pair == 0 {
-                results.push_figure(WATCHER_MEMORY, (with.1 - without.1) * 1024.0 / WATCHERS as f64);
+                results.push_figure(WATCHER_MEMORY, memory * 1024.0 / WATCHERS as f64);
             }
         }
         let [unlogged, logged] = run_batches(database).await?;

@@ -16,8 +16,8 @@ use tokio::{task::JoinSet, time};
 use crate::{
     client::GrpcClient,
     requests::Requests,
-    results::{Cell, Quantiles},
-    usage::Usage,
+    results::{Cell, quantiles},
+    usage::Meter,
 };
 
 /// Makes one call at a time.
@@ -64,12 +64,8 @@ struct Sample {
     latency: Duration,
 }
 
-/// Runs the load and reads `usage` before and after. One failed call ends it with an error.
-pub async fn run(
-    callers: Vec<impl Caller>,
-    load: Load,
-    usage: impl Fn() -> anyhow::Result<Usage>,
-) -> anyhow::Result<Cell> {
+/// Runs the load. One failed call ends it with an error.
+pub async fn run(callers: Vec<impl Caller>, load: Load, meter: Meter) -> anyhow::Result<Cell> {
     let is_over = Arc::new(AtomicBool::new(false));
     let between_callers = Duration::from_secs_f64(load.rate.map_or(0.0, f64::recip));
     let mut pace = Pace { next: Instant::now(), interval: between_callers * u32::try_from(callers.len())? };
@@ -80,11 +76,11 @@ pub async fn run(
     }
     let measure = async {
         time::sleep(load.warm_up).await;
-        let before = usage()?;
+        let before = meter.read()?;
         let start = Instant::now();
         time::sleep(load.duration).await;
         let end = Instant::now();
-        anyhow::Ok((start..end, usage()? - before))
+        anyhow::Ok((start..end, meter.since(before)?))
     };
     let (window, used) = tokio::select! {
         measured = measure => measured?,
@@ -101,8 +97,8 @@ pub async fn run(
         latencies.extend(in_window.map(|sample| sample.latency.as_secs_f64() * 1e3));
     }
     let calls = latencies.len() as f64;
-    let quantiles = Quantiles::of(latencies).context("no call ended during the measurement")?;
-    Ok(Cell::new(calls, calls / (window.end - window.start).as_secs_f64(), Some(quantiles), used))
+    let quantiles = quantiles(latencies).context("no call ended during the measurement")?;
+    Ok(Cell::new(calls, calls / (window.end - window.start).as_secs_f64(), quantiles, used))
 }
 
 /// When a caller makes its calls; without an interval, at once.

@@ -4,19 +4,20 @@
 //! load beside pgbench with the same statements, and reports ratios, tables and charts. A
 //! call counts when its trailers say OK; a failed call ends the run.
 //!
-//! A module imports only modules of the lines below its own.
+//! A module imports only modules of the lines below its own:
 //!
 //! | module | subject |
 //! |--|--|
-//! | [`report`] | Markdown |
-//! | [`targets`], [`charts`] | what is concluded |
+//! | [`report`] | the report, in Markdown |
+//! | [`charts`] | the charts |
+//! | [`targets`] | what is aimed at |
 //! | [`run`] | the order of the measurements |
 //! | [`bulk`], [`feed`], [`baseline`], [`comparison`] | imports and exports; change feed; an older binary; Python stacks |
-//! | [`service`], [`pgbench`] | load on the service and on PostgreSQL alone |
-//! | [`postgres`] | the PostgreSQL server and its databases |
-//! | [`server`], [`generator`] | processes, load |
-//! | [`client`], [`requests`], [`statements`] | gRPC, the calls, the service's SQL |
-//! | [`results`], [`usage`], [`plan`], [`format`] | figures, CPU time and memory, extent of a run, output |
+//! | [`service`], [`pgbench`] | load on the service, and on PostgreSQL alone |
+//! | [`postgres`], [`generator`] | the PostgreSQL server and its databases; the load generator |
+//! | [`server`], [`results`] | server processes; from repetitions to figures |
+//! | [`requests`] | the calls |
+//! | [`client`], [`statements`], [`usage`], [`plan`], [`format`] | gRPC; the service's SQL; CPU time and memory; the extent of a run; tables |
 
 mod baseline;
 mod bulk;

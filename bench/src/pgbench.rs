@@ -48,7 +48,7 @@ pub async fn run(
     }
     // The CPU time of a session counts with the postmaster after the session has ended.
     time::sleep(Duration::from_millis(100)).await;
-    let used = meter.read()? - before;
+    let used = meter.since(before)?;
     let number = |name: &str| {
         let rest = report.lines().find_map(|line| line.strip_prefix(name));
         let number = rest.and_then(|rest| rest.split([' ', '/']).next()).and_then(|n| n.parse().ok());
@@ -58,7 +58,7 @@ pub async fn run(
         bail!("statements of pgbench failed: {report}");
     }
     let count = number("number of transactions actually processed: ")?;
-    Ok(Cell::new(count, rate(&progress)?, None, used))
+    Ok(Cell::new(count, rate(&progress)?, [f64::NAN; 2], used))
 }
 
 /// Transactions per second after the warm-up, from pgbench's progress messages.

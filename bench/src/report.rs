@@ -6,7 +6,7 @@ use crate::{
     format::{amount, table, thousands},
     plan::{BUSY, Plan, Variant},
     requests::Work,
-    results::{Cell, Figure, Results, Section, Summary, ratios},
+    results::{Cell, Figure, Results, Section},
     run,
     targets::{Target, best_of_pgbench, targets},
     usage::machine,
@@ -16,7 +16,7 @@ pub fn report(results: &Results, plan: &Plan, postgres_version: &str) -> anyhow:
     let [charts @ .., delivery_chart] = charts::FILES.map(|(file, title)| format!("![{title}]({file})\n"));
     let p99 =
         |variant| results.each(Section::Calls.key(Work::GetById, variant, 512, plan.users), |cell| cell.p99);
-    let p99_ratio = Summary::of(&ratios(&p99(Variant::Coalesced), &p99(Variant::Single))).median;
+    let p99_ratio = (p99(Variant::Coalesced) / p99(Variant::Single)).median();
     Ok([
         "# Benchmark results\n".into(),
         format!("{} on {}; PostgreSQL {postgres_version}.\n", plan.made_by, machine()?),
@@ -64,15 +64,14 @@ pub fn report(results: &Results, plan: &Plan, postgres_version: &str) -> anyhow:
 
 fn targets_table(targets: &[Target]) -> String {
     let rows = targets.iter().map(|target| {
-        let Summary { median, min, max } = target.measured;
         let digits = if target.unit().is_empty() { 2 } else { 0 };
-        let range = if min < max { format!(" ({min:.digits$} to {max:.digits$})") } else { String::new() };
+        let number = |n: f64| format!("{n:.digits$}");
         let limit = |limit: &str| match limit {
             "" => String::new(),
             limit => format!("{limit} {}", if target.meets(limit) { "✓" } else { "✗" }),
         };
-        let unit = if digits == 0 { format!(" {}", target.unit()) } else { String::new() };
-        let measured = format!("**{median:.digits$}**{unit}{range}");
+        let (median, range) = (number(target.measured.median()), target.measured.range(number));
+        let measured = format!("**{median}** {}{range}", target.unit()).replace("  ", " ").trim_end().into();
         vec![target.what.clone(), limit(target.minimum), limit(target.target), measured]
     });
     table(&["", "minimum", "target", "measured"], rows)
@@ -99,20 +98,20 @@ fn row_name(work: Work, variant: Variant) -> String {
     }
 }
 
-/// The medians and ranges of figures that were measured.
+/// The medians and ranges of figures.
 fn figures(results: &Results, figures: &[Figure]) -> String {
-    let rows = figures.iter().filter(|figure| !results.figure(**figure).is_empty()).map(|figure| {
-        let Summary { median, min, max } = Summary::of(results.figure(*figure));
+    let rows = figures.iter().map(|figure| {
+        let samples = results.figure(*figure);
         let number = |n: f64| if n < 100.0 { format!("{n:.1}") } else { thousands(n) };
-        let range = if min < max { format!(" ({} to {})", number(min), number(max)) } else { String::new() };
-        vec![figure.name.into(), format!("{} {}{range}", number(median), figure.unit)]
+        let Figure(name, unit) = *figure;
+        vec![name.into(), format!("{} {unit}{}", number(samples.median()), samples.range(number))]
     });
     table(&["", ""], rows)
 }
 
 fn delivery_table(results: &Results) -> String {
     let rows = DELIVERY.iter().map(|(share, figures)| {
-        let ms = |figure: &Figure| format!("{:.1} ms", Summary::of(results.figure(*figure)).median);
+        let ms = |figure: &Figure| format!("{:.1} ms", results.figure(*figure).median());
         [vec![format!("{:.0} %", share * 100.0)], figures.iter().map(ms).collect()].concat()
     });
     table(
@@ -123,7 +122,7 @@ fn delivery_table(results: &Results) -> String {
 
 fn pgbench_note(results: &Results, plan: &Plan) -> String {
     let best = [Work::GetById, Work::Create, Work::Update].map(|work| {
-        let rate = Summary::of(&best_of_pgbench(results, plan, work)).median;
+        let rate = best_of_pgbench(results, plan, work).median();
         format!("{} {}/s", work.name(), thousands(rate))
     });
     format!(

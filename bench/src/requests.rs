@@ -40,29 +40,26 @@ pub enum Work {
 
 impl Work {
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Empty => "empty call",
-            Self::GetById => "GetUser by id",
-            Self::GetByUsername => "GetUser by username",
-            Self::FirstPage => "ListUsers, first page",
-            Self::DeepPage => "ListUsers, deep page",
-            Self::Create => "CreateUser",
-            Self::Update => "UpdateUser",
-            Self::Lookup => "LookupUsers of 1000",
-            Self::BatchCreate => "BatchCreateUsers of 1000",
-        }
+        self.name_and_rpc().0
     }
 
     /// The `:path` of the call.
-    pub fn path(self) -> &'static str {
+    pub fn path(self) -> String {
+        let service = if self == Self::Empty { "grpc.health.v1.Health" } else { "users.v1.UserService" };
+        format!("/{service}/{}", self.name_and_rpc().1)
+    }
+
+    fn name_and_rpc(self) -> (&'static str, &'static str) {
         match self {
-            Self::Empty => "/grpc.health.v1.Health/Check",
-            Self::GetById | Self::GetByUsername => "/users.v1.UserService/GetUser",
-            Self::FirstPage | Self::DeepPage => "/users.v1.UserService/ListUsers",
-            Self::Create => "/users.v1.UserService/CreateUser",
-            Self::Update => "/users.v1.UserService/UpdateUser",
-            Self::Lookup => "/users.v1.UserService/LookupUsers",
-            Self::BatchCreate => "/users.v1.UserService/BatchCreateUsers",
+            Self::Empty => ("empty call", "Check"),
+            Self::GetById => ("GetUser by id", "GetUser"),
+            Self::GetByUsername => ("GetUser by username", "GetUser"),
+            Self::FirstPage => ("ListUsers, first page", "ListUsers"),
+            Self::DeepPage => ("ListUsers, deep page", "ListUsers"),
+            Self::Create => ("CreateUser", "CreateUser"),
+            Self::Update => ("UpdateUser", "UpdateUser"),
+            Self::Lookup => ("LookupUsers of 1000", "LookupUsers"),
+            Self::BatchCreate => ("BatchCreateUsers of 1000", "BatchCreateUsers"),
         }
     }
 

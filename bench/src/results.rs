@@ -1,6 +1,6 @@
 //! Measurements, and how repetitions become one figure.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, ops::Div};
 
 use crate::{plan::Variant, requests::Work, usage::Usage};
 
@@ -19,17 +19,14 @@ pub struct Cell {
 }
 
 impl Cell {
-    pub fn new(calls: f64, rate: f64, latencies: Option<Quantiles>, used: Usage) -> Self {
-        let Quantiles { median, p99 } = latencies.unwrap_or(Quantiles { median: f64::NAN, p99: f64::NAN });
-        let per_call = |time: Duration| time.as_secs_f64() * 1e6 / calls;
-        let (service, database) = (per_call(used.service), per_call(used.database));
-        Self { rate, median, p99, service, database, generator: per_call(used.generator) }
+    pub fn new(calls: f64, rate: f64, [median, p99]: [f64; 2], used: Usage) -> Self {
+        let [service, database, generator] = used.map(|time| time.as_secs_f64() * 1e6 / calls);
+        Self { rate, median, p99, service, database, generator }
     }
 
     /// The median of several cells, figure by figure.
     fn median_of(cells: &[Self]) -> Self {
-        let median =
-            |figure: fn(&Self) -> f64| Summary::of(&cells.iter().map(figure).collect::<Vec<_>>()).median;
+        let median = |figure: fn(&Self) -> f64| cells.iter().map(figure).collect::<Samples>().median();
         Self {
             rate: median(|cell| cell.rate),
             median: median(|cell| cell.median),
@@ -58,20 +55,11 @@ impl Cell {
     }
 }
 
-/// Latencies in milliseconds.
-#[derive(Debug, Clone, Copy)]
-pub struct Quantiles {
-    pub median: f64,
-    pub p99: f64,
-}
-
-impl Quantiles {
-    /// `None` without latencies.
-    pub fn of(mut latencies: Vec<f64>) -> Option<Self> {
-        latencies.sort_unstable_by(f64::total_cmp);
-        let at = |share: f64| latencies.get((latencies.len() as f64 * share) as usize).copied();
-        Some(Self { median: at(0.5)?, p99: at(0.99)? })
-    }
+/// The median and the 99th percentile; `None` without values.
+pub fn quantiles(mut values: Vec<f64>) -> Option<[f64; 2]> {
+    values.sort_unstable_by(f64::total_cmp);
+    let at = |share: f64| values.get((values.len() as f64 * share) as usize).copied();
+    Some([at(0.5)?, at(0.99)?])
 }
 
 /// The part of the report that a cell belongs to.
@@ -107,16 +95,7 @@ impl Section {
 
 /// A measurement that is not a load: its name and unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Figure {
-    pub name: &'static str,
-    pub unit: &'static str,
-}
-
-impl Figure {
-    pub const fn new(name: &'static str, unit: &'static str) -> Self {
-        Self { name, unit }
-    }
-}
+pub struct Figure(pub &'static str, pub &'static str);
 
 /// Measurements, each with its repetitions.
 #[derive(Debug, Default)]
@@ -134,49 +113,63 @@ impl Results {
         self.figures.entry(figure).or_default().push(value);
     }
 
-    /// A figure of each repetition.
-    pub fn each(&self, key: Key, figure: impl Fn(&Cell) -> f64) -> Vec<f64> {
+    /// A figure of the cells of each repetition.
+    pub fn each(&self, key: Key, figure: impl Fn(&Cell) -> f64) -> Samples {
         self.cells.get(&key).into_iter().flatten().map(figure).collect()
     }
 
-    /// The repetitions of a figure.
-    pub fn figure(&self, figure: Figure) -> &[f64] {
-        self.figures.get(&figure).map_or(&[], Vec::as_slice)
+    pub fn figure(&self, figure: Figure) -> Samples {
+        self.figures.get(&figure).into_iter().flatten().copied().collect()
     }
 
-    /// The median cell, if there is one.
-    pub fn median(&self, key: Key) -> Option<Cell> {
-        self.cells.get(&key).map(|cells| Cell::median_of(cells))
-    }
-
-    /// The median cells of a table.
+    /// The median cells of a section.
     pub fn medians(&self, section: Section) -> impl Iterator<Item = (Key, Cell)> {
         let cells = self.cells.iter().filter(move |(key, _)| key.section == section);
         cells.map(|(key, cells)| (*key, Cell::median_of(cells)))
     }
 }
 
+/// One figure of each repetition.
+#[derive(Debug, Clone)]
+pub struct Samples(pub Vec<f64>);
+
+impl FromIterator<f64> for Samples {
+    fn from_iter<I: IntoIterator<Item = f64>>(samples: I) -> Self {
+        Self(samples.into_iter().collect())
+    }
+}
+
 /// Divides repetition by repetition, so that a ratio compares measurements that were made
 /// next to each other.
-pub fn ratios(numerators: &[f64], denominators: &[f64]) -> Vec<f64> {
-    numerators.iter().zip(denominators).map(|(numerator, denominator)| numerator / denominator).collect()
+impl Div for Samples {
+    type Output = Self;
+
+    fn div(self, divisor: Self) -> Self {
+        self.0.iter().zip(&divisor.0).map(|(dividend, divisor)| dividend / divisor).collect()
+    }
 }
 
-/// Several repetitions of one figure; NaN if there are none.
-#[derive(Debug, Clone, Copy)]
-pub struct Summary {
-    pub median: f64,
-    pub min: f64,
-    pub max: f64,
-}
-
-impl Summary {
-    pub fn of(figures: &[f64]) -> Self {
-        let mut sorted = figures.to_vec();
-        sorted.sort_unstable_by(f64::total_cmp);
+impl Samples {
+    /// NaN if there are none.
+    pub fn median(&self) -> f64 {
+        let sorted = self.sorted();
         let at = |index: usize| sorted.get(index).copied().unwrap_or(f64::NAN);
         let last = sorted.len().saturating_sub(1);
-        Self { median: (at(last / 2) + at(last.div_ceil(2))) / 2.0, min: at(0), max: at(last) }
+        (at(last / 2) + at(last.div_ceil(2))) / 2.0
+    }
+
+    /// The lowest and the highest sample, such as ` (0.98 to 1.02)`; empty for a single one.
+    pub fn range(&self, number: impl Fn(f64) -> String) -> String {
+        match self.sorted()[..] {
+            [min, .., max] => format!(" ({} to {})", number(min), number(max)),
+            _ => String::new(),
+        }
+    }
+
+    fn sorted(&self) -> Vec<f64> {
+        let mut sorted = self.0.clone();
+        sorted.sort_unstable_by(f64::total_cmp);
+        sorted
     }
 }
 
@@ -186,9 +179,15 @@ mod tests {
 
     #[test]
     fn median_is_the_middle_or_the_mean_of_the_two_middle_figures() {
-        let summary = Summary::of(&[3.0, 1.0, 2.0]);
-        assert_eq!((summary.min, summary.median, summary.max), (1.0, 2.0, 3.0));
-        assert_eq!(Summary::of(&[4.0, 1.0, 2.0, 3.0]).median, 2.5);
-        assert!(Summary::of(&[]).median.is_nan());
+        let samples = Samples(vec![3.0, 1.0, 2.0]);
+        assert_eq!(samples.median(), 2.0);
+        assert_eq!(samples.range(|n| n.to_string()), " (1 to 3)");
+        assert_eq!(Samples(vec![4.0, 1.0, 2.0, 3.0]).median(), 2.5);
+        assert!(Samples(vec![]).median().is_nan());
+    }
+
+    #[test]
+    fn ratios_are_taken_within_repetitions() {
+        assert_eq!((Samples(vec![2.0, 9.0]) / Samples(vec![1.0, 3.0])).0, [2.0, 3.0]);
     }
 }

@@ -21,35 +21,25 @@ use crate::{
     usage::{memory, peak_memory},
 };
 
-pub const STARTUP: Figure = Figure::new("exec to SERVING, migrated database", "ms");
-pub const MEMORY_AT_REST: Figure = Figure::new("resident memory at rest", "MiB");
-pub const PEAK_MEMORY: Figure = Figure::new("highest resident memory, up to 512 calls in flight", "MiB");
-pub const BINARY: Figure = Figure::new("size of the binary", "MiB");
-pub const STRIPPED_BINARY: Figure = Figure::new("size of the binary without symbols", "MiB");
+pub const STARTUP: Figure = Figure("exec to SERVING, migrated database", "ms");
+pub const MEMORY_AT_REST: Figure = Figure("resident memory at rest", "MiB");
+pub const PEAK_MEMORY: Figure = Figure("highest resident memory, up to 512 calls in flight", "MiB");
+pub const BINARY: Figure = Figure("size of the binary", "MiB");
+pub const STRIPPED_BINARY: Figure = Figure("size of the binary without symbols", "MiB");
 
 /// How often the service is started to time it.
 const STARTS: usize = 7;
 
-const READS: [(Work, Variant); 10] = [
-    (Work::Empty, Variant::Coalesced),
-    (Work::GetById, Variant::Coalesced),
-    (Work::GetById, Variant::Single),
-    (Work::GetById, Variant::Pgbench),
-    (Work::GetByUsername, Variant::Coalesced),
-    (Work::GetByUsername, Variant::Single),
-    (Work::FirstPage, Variant::Coalesced),
-    (Work::FirstPage, Variant::Single),
-    (Work::DeepPage, Variant::Coalesced),
-    (Work::DeepPage, Variant::Single),
+const SERVICE: &[Variant] = &[Variant::Coalesced, Variant::Single];
+const ALL: &[Variant] = &[Variant::Coalesced, Variant::Single, Variant::Pgbench];
+const READS: &[(Work, &[Variant])] = &[
+    (Work::Empty, &[Variant::Coalesced]),
+    (Work::GetById, ALL),
+    (Work::GetByUsername, SERVICE),
+    (Work::FirstPage, SERVICE),
+    (Work::DeepPage, SERVICE),
 ];
-const WRITES: [(Work, Variant); 6] = [
-    (Work::Create, Variant::Coalesced),
-    (Work::Create, Variant::Single),
-    (Work::Create, Variant::Pgbench),
-    (Work::Update, Variant::Coalesced),
-    (Work::Update, Variant::Single),
-    (Work::Update, Variant::Pgbench),
-];
+const WRITES: &[(Work, &[Variant])] = &[(Work::Create, ALL), (Work::Update, ALL)];
 
 /// Users in flight, in calls of one and of a thousand users, and the calls in flight.
 const MANY_READ: [(Work, usize); 2] = [(Work::GetById, 1000), (Work::Lookup, 4)];
@@ -82,7 +72,7 @@ pub async fn run(plan: &Plan, postgres: &Postgres, results: &mut Results) -> any
     let single = Service::start(&plan.service, database, false).await?;
     results.push_figure(MEMORY_AT_REST, memory(coalesced.server.pid)?);
     let mut bench = Bench { plan, postgres, coalesced, single, results };
-    bench.calls("reads", &READS).await?;
+    bench.calls("reads", READS).await?;
     bench.same_rate().await?;
     let mut services = Vec::new();
     for database in &databases {
@@ -92,16 +82,19 @@ pub async fn run(plan: &Plan, postgres: &Postgres, results: &mut Results) -> any
     for service in services {
         service.stop().await?;
     }
-    bench.calls("writes", &WRITES).await?;
+    bench.calls("writes", WRITES).await?;
     bench.results.push_figure(PEAK_MEMORY, peak_memory(bench.coalesced.server.pid)?);
-    bench.many_written().await?;
+    for repetition in 1..=plan.repetitions {
+        eprintln!("batches, repetition {repetition}");
+        many_users(&bench.coalesced, &MANY_WRITTEN, bench.load(None), bench.results).await?;
+    }
     let Bench { coalesced, single, results, .. } = bench;
     coalesced.stop().await?;
     single.stop().await?;
 
     let create = |(load, _)| Section::Calls.key(Work::Create, Variant::Coalesced, load, plan.users);
-    let rates = LOADS.map(create).into_iter().filter_map(|key| Some(results.median(key)?.rate));
-    feed::run(plan, database, rates.fold(0.0, f64::max), results).await?;
+    let rates = LOADS.map(create).map(|key| results.each(key, |cell| cell.rate).median());
+    feed::run(plan, database, rates.into_iter().fold(0.0, f64::max), results).await?;
     bulk::run(plan, postgres, database, results).await
 }
 
@@ -126,22 +119,21 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    async fn calls(&mut self, name: &str, rows: &[(Work, Variant)]) -> anyhow::Result<()> {
-        let mut rows = rows.to_vec();
+    async fn calls(&mut self, name: &str, rows: &[(Work, &[Variant])]) -> anyhow::Result<()> {
+        let rows = rows.iter().flat_map(|(work, variants)| variants.iter().map(|variant| (*work, *variant)));
+        let mut rows: Vec<_> = rows.collect();
         for repetition in 1..=self.plan.repetitions {
             for (in_flight, sessions) in LOADS {
                 eprintln!("{name}, repetition {repetition}, {in_flight} in flight");
                 for &(work, variant) in &rows {
-                    let (load, cell) = match variant {
+                    let load = if variant == Variant::Pgbench { sessions } else { in_flight };
+                    let cell = match variant {
                         Variant::Pgbench => {
                             let (database, duration) = (&self.coalesced.database, self.plan.duration);
-                            let cell = pgbench::run(self.postgres, database, work, sessions, duration);
-                            (sessions, cell.await?)
+                            pgbench::run(self.postgres, database, work, load, duration).await?
                         }
-                        Variant::Single => {
-                            (in_flight, self.single.measure(work, in_flight, self.load(None)).await?)
-                        }
-                        _ => (in_flight, self.coalesced.measure(work, in_flight, self.load(None)).await?),
+                        Variant::Single => self.single.measure(work, load, self.load(None)).await?,
+                        _ => self.coalesced.measure(work, load, self.load(None)).await?,
                     };
                     self.results.push(Section::Calls.key(work, variant, load, self.plan.users), cell);
                 }
@@ -179,14 +171,6 @@ impl Bench<'_> {
             for service in services {
                 many_users(service, &MANY_READ, self.load(None), self.results).await?;
             }
-        }
-        Ok(())
-    }
-
-    async fn many_written(&mut self) -> anyhow::Result<()> {
-        for repetition in 1..=self.plan.repetitions {
-            eprintln!("batches, repetition {repetition}");
-            many_users(&self.coalesced, &MANY_WRITTEN, self.load(None), self.results).await?;
         }
         Ok(())
     }

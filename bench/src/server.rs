@@ -108,7 +108,7 @@ pub fn command(binary: &Path) -> Command {
 pub async fn serve(command: &mut Command) -> anyhow::Result<Server> {
     let server = Server::spawn(command, LISTENING).await?;
     let wait = async {
-        let mut health = GrpcClient::connect(server.addr, Work::Empty.path()).await?;
+        let mut health = GrpcClient::connect(server.addr, &Work::Empty.path()).await?;
         while health.call(frame(&())?).await? != SERVING[..] {
             time::sleep(HEALTH_INTERVAL).await;
         }

@@ -59,7 +59,7 @@ impl Service {
         let requests = Requests::new(work, database.users, database.deep_page.clone());
         let callers = callers(self.server.addr, requests, in_flight).await?;
         let meter = Meter { service: Some(self.server.pid), postmaster: database.postmaster };
-        let cell = generator::run(callers, load, || meter.read()).await;
+        let cell = generator::run(callers, load, meter).await;
         cell.with_context(|| format!("{} with {in_flight} in flight", work.name()))
     }
 
@@ -85,7 +85,7 @@ pub async fn callers(
 ) -> anyhow::Result<Vec<GrpcCaller>> {
     let mut clients = Vec::new();
     for _ in 0..CONNECTIONS.min(in_flight) {
-        clients.push(GrpcClient::connect(addr, requests.work.path()).await?);
+        clients.push(GrpcClient::connect(addr, &requests.work.path()).await?);
     }
     let clients = clients.iter().cycle().take(in_flight);
     Ok(clients.map(|client| GrpcCaller { client: client.clone(), requests: requests.fork() }).collect())

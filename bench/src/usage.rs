@@ -1,29 +1,12 @@
 //! CPU time and memory of processes, read from `/proc`.
 
-use std::{fs, ops::Sub, time::Duration};
+use std::{fs, time::Duration};
 
 use anyhow::Context;
 use nix::unistd::{SysconfVar, sysconf};
 
-/// CPU time, user and system.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Usage {
-    pub service: Duration,
-    pub database: Duration,
-    pub generator: Duration,
-}
-
-impl Sub for Usage {
-    type Output = Self;
-
-    fn sub(self, before: Self) -> Self {
-        Self {
-            service: self.service.saturating_sub(before.service),
-            database: self.database.saturating_sub(before.database),
-            generator: self.generator.saturating_sub(before.generator),
-        }
-    }
-}
+/// CPU time, user and system, of the service, the database and the load generator.
+pub type Usage = [Duration; 3];
 
 /// The processes whose CPU time counts.
 #[derive(Debug, Clone, Copy)]
@@ -46,9 +29,16 @@ impl Meter {
             database += CpuTime::of(child).map_or(Duration::ZERO, |child| child.own);
         }
         Ok(match self.service {
-            Some(pid) => Usage { service: CpuTime::of(pid)?.own, database, generator: own.own },
-            None => Usage { service: Duration::ZERO, database, generator: own.ended_children },
+            Some(pid) => [CpuTime::of(pid)?.own, database, own.own],
+            None => [Duration::ZERO, database, own.ended_children],
         })
+    }
+
+    /// The CPU time used since a reading.
+    pub fn since(&self, before: Usage) -> anyhow::Result<Usage> {
+        let mut used = self.read()?;
+        used.iter_mut().zip(before).for_each(|(used, before)| *used = used.saturating_sub(before));
+        Ok(used)
     }
 }
 
