@@ -11,6 +11,7 @@ use crate::{
     results::{Cell, Results, Section},
     service::Service,
 };
+use anyhow::Result;
 
 const WORKS: [Work; 3] = [Work::GetById, Work::Create, Work::Update];
 const IN_FLIGHT: [usize; 3] = [1, 100, 512];
@@ -20,12 +21,7 @@ const TURNS: u32 = 6;
 const MIN_TURN: Duration = Duration::from_millis(200);
 
 /// Measures both binaries in turns. Each has a database of its own with the same users.
-pub async fn run(
-    plan: &Plan,
-    baseline: &Path,
-    postgres: &Postgres,
-    results: &mut Results,
-) -> anyhow::Result<()> {
+pub async fn run(plan: &Plan, baseline: &Path, postgres: &Postgres, results: &mut Results) -> Result<()> {
     let mut services = Vec::new();
     for (variant, binary, name) in
         [(Variant::Baseline, baseline, "baseline"), (Variant::Coalesced, &plan.service, "current")]

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use futures_util::stream;
 use user_service::pb;
 
@@ -36,12 +36,7 @@ pub const CATCH_UP: Figure = Figure("catching up, one change per user", "users/s
 pub const EXPORT_OF_IMPORTED: Figure = Figure("`ExportUsers` of the same users", "users/s");
 
 /// Imports into empty databases, and exports `database`.
-pub async fn run(
-    plan: &Plan,
-    postgres: &Postgres,
-    database: &Database,
-    results: &mut Results,
-) -> anyhow::Result<()> {
+pub async fn run(plan: &Plan, postgres: &Postgres, database: &Database, results: &mut Results) -> Result<()> {
     let users = plan.users / 5;
     let rows = postgres.dir.path().join("rows.copy");
     fs::write(&rows, copy_rows(users)?)?;
@@ -78,7 +73,7 @@ pub async fn run(
 }
 
 /// Imports users and returns the number per second.
-async fn import(service: &Service, users: u64) -> anyhow::Result<f64> {
+async fn import(service: &Service, users: u64) -> Result<f64> {
     let mut client = service.client().await?;
     let import_id = user_id(users);
     let chunks = (0..users.div_ceil(CHUNK)).map(move |chunk| pb::ImportUsersRequest {
@@ -97,16 +92,13 @@ async fn import(service: &Service, users: u64) -> anyhow::Result<f64> {
     Ok(users as f64 / start.elapsed().as_secs_f64())
 }
 
-async fn watch(
-    service: &Service,
-    resume_token: String,
-) -> anyhow::Result<tonic::Streaming<pb::WatchUsersResponse>> {
+async fn watch(service: &Service, resume_token: String) -> Result<tonic::Streaming<pb::WatchUsersResponse>> {
     let request = pb::WatchUsersRequest { resume_token, ..Default::default() };
     Ok(service.client().await?.watch_users(request).await?.into_inner())
 }
 
 /// Watches from a token until so many changes have come, and returns changes per second.
-async fn catch_up(service: &Service, token: &str, changes: u64) -> anyhow::Result<f64> {
+async fn catch_up(service: &Service, token: &str, changes: u64) -> Result<f64> {
     let start = Instant::now();
     let mut messages = watch(service, token.to_owned()).await?;
     let mut count = 0;
@@ -118,7 +110,7 @@ async fn catch_up(service: &Service, token: &str, changes: u64) -> anyhow::Resul
 
 /// Exports all users. Returns their number, the number per second, and the growth of the
 /// service's resident memory in MiB.
-async fn export(plan: &Plan, database: &Database) -> anyhow::Result<(u64, f64, f64)> {
+async fn export(plan: &Plan, database: &Database) -> Result<(u64, f64, f64)> {
     let service = Service::start(&plan.service, database, true).await?;
     let at_rest = memory(service.server.pid)?;
     let mut client = service.client().await?;
@@ -154,7 +146,7 @@ fn username(n: u64) -> String {
 }
 
 /// The imported users as `COPY` reads them.
-fn copy_rows(users: u64) -> anyhow::Result<String> {
+fn copy_rows(users: u64) -> Result<String> {
     let mut rows = String::new();
     for n in 0..users {
         let (id, name) = (user_id(n), username(n));
@@ -164,7 +156,7 @@ fn copy_rows(users: u64) -> anyhow::Result<String> {
     Ok(rows)
 }
 
-async fn copy_in(postgres: &Postgres, database: &Database, rows: &Path) -> anyhow::Result<Duration> {
+async fn copy_in(postgres: &Postgres, database: &Database, rows: &Path) -> Result<Duration> {
     let copy = format!(
         "\\copy users (id, username, username_key, username_held, email, email_key, display_name, \
          revision, create_time, update_time) from '{}'",
@@ -175,7 +167,7 @@ async fn copy_in(postgres: &Postgres, database: &Database, rows: &Path) -> anyho
     psql(postgres, database, &["begin", &copy, log, "commit"]).await
 }
 
-async fn copy_out(postgres: &Postgres, database: &Database) -> anyhow::Result<Duration> {
+async fn copy_out(postgres: &Postgres, database: &Database) -> Result<Duration> {
     let columns =
         "id, username, email, display_name, create_time, update_time, delete_time, purge_time, revision";
     let select = format!("select {columns} from users where delete_time is null");
@@ -183,7 +175,7 @@ async fn copy_out(postgres: &Postgres, database: &Database) -> anyhow::Result<Du
 }
 
 /// Runs commands in one session of psql and returns the time they took.
-async fn psql(postgres: &Postgres, database: &Database, commands: &[&str]) -> anyhow::Result<Duration> {
+async fn psql(postgres: &Postgres, database: &Database, commands: &[&str]) -> Result<Duration> {
     let mut psql = postgres.program("psql")?;
     psql.args(["--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1"]).arg(&database.url);
     for command in commands {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use anyhow::Result;
 use plotters::{
     coord::ranged1d::{AsRangedCoord, ValueFormatter},
     prelude::*,
@@ -42,7 +43,7 @@ const FONT: (&str, u32) = ("sans-serif", 16);
 type Line = (&'static str, RGBColor, bool, Vec<f64>);
 
 /// Writes all charts into a directory.
-pub fn write(results: &Results, plan: &Plan, dir: &Path) -> anyhow::Result<()> {
+pub fn write(results: &Results, plan: &Plan, dir: &Path) -> Result<()> {
     let [rate, latency, cpu, delivery] = FILES.map(|(file, title)| (dir.join(file), title));
     let at_loads = |work, variant, figure: fn(&Cell) -> f64| {
         let key = |load| Section::Calls.key(work, variant, load, plan.users);
@@ -109,7 +110,7 @@ fn draw_lines<Y>(
     steps: &[String],
     y_range: Y,
     lines: &[Line],
-) -> anyhow::Result<()>
+) -> Result<()>
 where
     Y: AsRangedCoord<Value = f64>,
     Y::CoordDescType: ValueFormatter<f64>,
@@ -147,7 +148,7 @@ where
 }
 
 /// Bars with the end of the service's part, and of the database's part behind it.
-fn draw_bars(file: &Path, title: &str, bars: &[(String, [f64; 2])]) -> anyhow::Result<()> {
+fn draw_bars(file: &Path, title: &str, bars: &[(String, [f64; 2])]) -> Result<()> {
     let area = SVGBackend::new(file, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let highest = bars.iter().map(|(_, [_, end])| *end).fold(f64::MIN_POSITIVE, f64::max);

@@ -2,7 +2,7 @@
 
 use std::{future::poll_fn, net::SocketAddr, sync::Arc};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::{RecvStream, client::SendRequest};
 use http::{HeaderMap, Request, header};
@@ -22,7 +22,7 @@ pub struct GrpcClient {
 }
 
 impl GrpcClient {
-    pub async fn connect(addr: SocketAddr, path: &str) -> anyhow::Result<Self> {
+    pub async fn connect(addr: SocketAddr, path: &str) -> Result<Self> {
         let stream = TcpStream::connect(addr).await?;
         stream.set_nodelay(true)?;
         let mut settings = h2::client::Builder::new();
@@ -38,7 +38,7 @@ impl GrpcClient {
     }
 
     /// Starts a call and returns the response stream, of which nothing has been read.
-    pub async fn start(&mut self, request: Bytes) -> anyhow::Result<RecvStream> {
+    pub async fn start(&mut self, request: Bytes) -> Result<RecvStream> {
         poll_fn(|context| self.sender.poll_ready(context)).await?;
         let (response, mut stream) = self.sender.send_request(self.head.clone(), false)?;
         stream.send_data(request, true)?;
@@ -51,7 +51,7 @@ impl GrpcClient {
     }
 
     /// Makes a unary call and returns the message. Every status but OK is an error.
-    pub async fn call(&mut self, request: Bytes) -> anyhow::Result<Bytes> {
+    pub async fn call(&mut self, request: Bytes) -> Result<Bytes> {
         let mut body = self.start(request).await?;
         let mut message = Bytes::new();
         while let Some(chunk) = body.data().await {
@@ -66,7 +66,7 @@ impl GrpcClient {
     }
 }
 
-fn check(headers: &HeaderMap) -> anyhow::Result<()> {
+fn check(headers: &HeaderMap) -> Result<()> {
     let status = headers.get("grpc-status").context("a response without grpc-status")?;
     if status.as_bytes() != b"0" {
         let message = headers.get("grpc-message").map_or(&b""[..], |message| message.as_bytes());
@@ -76,7 +76,7 @@ fn check(headers: &HeaderMap) -> anyhow::Result<()> {
 }
 
 /// The message behind the gRPC prefix: uncompressed, and its length.
-pub fn frame(message: &impl Message) -> anyhow::Result<Bytes> {
+pub fn frame(message: &impl Message) -> Result<Bytes> {
     let length = message.encoded_len();
     let mut frame = BytesMut::with_capacity(5 + length);
     frame.put_u8(0);

@@ -3,7 +3,7 @@
 
 use std::{net::SocketAddr, path::Path};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use http::{Method, Request, header};
 use http_body_util::{BodyExt, Full};
@@ -51,7 +51,7 @@ enum Stack {
 }
 
 /// Measures all stacks in turns and returns the report.
-pub async fn run(plan: &Plan, python: &Path, postgres: &Postgres) -> anyhow::Result<String> {
+pub async fn run(plan: &Plan, python: &Path, postgres: &Postgres) -> Result<String> {
     let loaded = postgres.create_database(&plan.service, "loaded", USERS).await?;
     let mut results = STACKS.map(|_| Results::default());
     for repetition in 1..=plan.repetitions {
@@ -84,7 +84,7 @@ fn key(work: Work, connections: usize) -> Key {
 }
 
 impl Stack {
-    async fn start(self, plan: &Plan, python: &Path, database: &Database) -> anyhow::Result<Server> {
+    async fn start(self, plan: &Plan, python: &Path, database: &Database) -> Result<Server> {
         let mut command = Command::new(python);
         command.env("DATABASE_URL", &database.url).env("PYTHONDONTWRITEBYTECODE", "1");
         match self {
@@ -110,7 +110,7 @@ impl Stack {
         work: Work,
         connections: usize,
         load: Load,
-    ) -> anyhow::Result<Cell> {
+    ) -> Result<Cell> {
         let mut requests = Requests::new(work, USERS, String::new());
         let meter = Meter { service: Some(server.pid), postmaster: database.postmaster };
         if let Self::Http(_) = self {
@@ -132,7 +132,7 @@ struct HttpCaller {
 }
 
 impl HttpCaller {
-    async fn connect(addr: SocketAddr, requests: Requests) -> anyhow::Result<Self> {
+    async fn connect(addr: SocketAddr, requests: Requests) -> Result<Self> {
         let stream = TcpStream::connect(addr).await?;
         stream.set_nodelay(true)?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
@@ -145,7 +145,7 @@ impl HttpCaller {
 impl Caller for HttpCaller {
     type Request = Request<Full<Bytes>>;
 
-    fn next_request(&mut self) -> anyhow::Result<Self::Request> {
+    fn next_request(&mut self) -> Result<Self::Request> {
         let request = Request::builder().header(header::HOST, self.addr.to_string());
         let request = match self.requests.work {
             Work::Create => {
@@ -162,7 +162,7 @@ impl Caller for HttpCaller {
         Ok(request?)
     }
 
-    async fn call(&mut self, request: Self::Request) -> anyhow::Result<()> {
+    async fn call(&mut self, request: Self::Request) -> Result<()> {
         self.sender.ready().await?;
         let response = self.sender.send_request(request).await?;
         ensure!(response.status().is_success(), "a call failed: {}", response.status());
@@ -171,7 +171,7 @@ impl Caller for HttpCaller {
     }
 }
 
-fn report(plan: &Plan, results: &[Results; STACKS.len()], versions: &str) -> anyhow::Result<String> {
+fn report(plan: &Plan, results: &[Results; STACKS.len()], versions: &str) -> Result<String> {
     let each = |results: &Results, work, connections, figure: fn(&Cell) -> f64| {
         results.each(key(work, connections), figure)
     };

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use futures_util::future::try_join_all;
 use h2::RecvStream;
 use tokio::{runtime, sync::oneshot, task::JoinSet};
@@ -58,12 +58,7 @@ const BATCH: usize = 128;
 const BATCHES: usize = 200;
 
 /// Measures everything; `highest` is the highest create rate.
-pub async fn run(
-    plan: &Plan,
-    database: &Database,
-    highest: f64,
-    results: &mut Results,
-) -> anyhow::Result<()> {
+pub async fn run(plan: &Plan, database: &Database, highest: f64, results: &mut Results) -> Result<()> {
     let same = Service::start(&plan.service, database, true).await?;
     let other = Service::start(&plan.service, database, true).await?;
     for repetition in 1..=plan.repetitions {
@@ -107,14 +102,14 @@ pub async fn run(
 }
 
 /// Creates users and returns the number per second.
-async fn create(plan: &Plan, service: &Service, rate: Option<f64>) -> anyhow::Result<f64> {
+async fn create(plan: &Plan, service: &Service, rate: Option<f64>) -> Result<f64> {
     let load = Load { rate, warm_up: plan.warm_up, duration: plan.duration };
     Ok(service.measure(Work::Create, IN_FLIGHT, load).await?.rate)
 }
 
 /// Creates users with so many watchers. Returns users per second, and the highest memory of
 /// the service in MiB.
-async fn create_watched(plan: &Plan, service: &Service, watchers: usize) -> anyhow::Result<(f64, f64)> {
+async fn create_watched(plan: &Plan, service: &Service, watchers: usize) -> Result<(f64, f64)> {
     let addr = service.server.addr;
     let watch = Watch::start(move |ready, stop| discard_changes(addr, watchers, ready, stop)).await?;
     reset_peak_memory(service.server.pid)?;
@@ -126,16 +121,16 @@ async fn create_watched(plan: &Plan, service: &Service, watchers: usize) -> anyh
 
 /// Watchers on a thread of their own, so that they do not delay the load generator.
 struct Watch<T> {
-    thread: JoinSet<anyhow::Result<T>>,
+    thread: JoinSet<Result<T>>,
     stop: oneshot::Sender<()>,
 }
 
 impl<T: Send + 'static> Watch<T> {
     /// Returns when `watch` sends to its first argument. It has to end when its second
     /// argument receives.
-    async fn start<F: Future<Output = anyhow::Result<T>>>(
+    async fn start<F: Future<Output = Result<T>>>(
         watch: impl FnOnce(oneshot::Sender<()>, oneshot::Receiver<()>) -> F + Send + 'static,
-    ) -> anyhow::Result<Self> {
+    ) -> Result<Self> {
         let (ready, is_ready) = oneshot::channel();
         let (stop, is_stopped) = oneshot::channel();
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
@@ -149,7 +144,7 @@ impl<T: Send + 'static> Watch<T> {
         Ok(watch)
     }
 
-    async fn stop(mut self) -> anyhow::Result<T> {
+    async fn stop(mut self) -> Result<T> {
         // If the thread has ended already, its result says why.
         let _ = self.stop.send(());
         self.thread.join_next().await.context("no thread")??
@@ -161,7 +156,7 @@ async fn time_changes(
     addr: SocketAddr,
     ready: oneshot::Sender<()>,
     mut stop: oneshot::Receiver<()>,
-) -> anyhow::Result<Vec<f64>> {
+) -> Result<Vec<f64>> {
     let mut client = UserServiceClient::connect(format!("http://{addr}")).await?;
     let mut messages = client.watch_users(pb::WatchUsersRequest::default()).await?.into_inner();
     messages.message().await?.context("the watch ended")?;
@@ -186,7 +181,7 @@ async fn discard_changes(
     watchers: usize,
     ready: oneshot::Sender<()>,
     stop: oneshot::Receiver<()>,
-) -> anyhow::Result<()> {
+) -> Result<()> {
     let request = frame(&pb::WatchUsersRequest::default())?;
     let mut watches = Vec::new();
     for _ in 0..watchers {
@@ -207,14 +202,14 @@ async fn discard_changes(
     }
 }
 
-async fn discard(messages: &mut RecvStream) -> anyhow::Result<()> {
+async fn discard(messages: &mut RecvStream) -> Result<()> {
     let bytes = messages.data().await.context("the watch ended")??;
     Ok(messages.flow_control().release_capacity(bytes.len())?)
 }
 
 /// Runs the batch statement without and with the change log, in turns, and returns users
 /// per second of each.
-async fn run_batches(database: &Database) -> anyhow::Result<[f64; 2]> {
+async fn run_batches(database: &Database) -> Result<[f64; 2]> {
     let client = connect(&database.url, SESSION_OPTIONS).await?;
     let [unlogged, logged] = statements::create_batch()?;
     let statements = [client.prepare(&unlogged).await?, client.prepare(&logged).await?];

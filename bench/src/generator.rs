@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use tokio::{task::JoinSet, time};
 
@@ -25,10 +25,10 @@ pub trait Caller: Send + 'static {
     type Request: Send;
 
     /// Builds a request, which is not part of the latency.
-    fn next_request(&mut self) -> anyhow::Result<Self::Request>;
+    fn next_request(&mut self) -> Result<Self::Request>;
 
     /// Returns when the call has succeeded.
-    fn call(&mut self, request: Self::Request) -> impl Future<Output = anyhow::Result<()>> + Send;
+    fn call(&mut self, request: Self::Request) -> impl Future<Output = Result<()>> + Send;
 }
 
 pub struct GrpcCaller {
@@ -39,11 +39,11 @@ pub struct GrpcCaller {
 impl Caller for GrpcCaller {
     type Request = Bytes;
 
-    fn next_request(&mut self) -> anyhow::Result<Bytes> {
+    fn next_request(&mut self) -> Result<Bytes> {
         self.requests.next()
     }
 
-    async fn call(&mut self, request: Bytes) -> anyhow::Result<()> {
+    async fn call(&mut self, request: Bytes) -> Result<()> {
         self.client.call(request).await?;
         Ok(())
     }
@@ -65,7 +65,7 @@ struct Sample {
 }
 
 /// Runs the load. One failed call ends it with an error.
-pub async fn run(callers: Vec<impl Caller>, load: Load, meter: Meter) -> anyhow::Result<Cell> {
+pub async fn run(callers: Vec<impl Caller>, load: Load, meter: Meter) -> Result<Cell> {
     let is_over = Arc::new(AtomicBool::new(false));
     let between_callers = Duration::from_secs_f64(load.rate.map_or(0.0, f64::recip));
     let mut pace = Pace { next: Instant::now(), interval: between_callers * u32::try_from(callers.len())? };
@@ -112,7 +112,7 @@ async fn make_calls(
     mut caller: impl Caller,
     mut pace: Pace,
     is_over: Arc<AtomicBool>,
-) -> anyhow::Result<Vec<Sample>> {
+) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
     while !is_over.load(Ordering::Relaxed) {
         // The timer has a resolution of a millisecond, so paced calls come in small bursts.

@@ -42,7 +42,7 @@ mod usage;
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -76,7 +76,7 @@ struct Cli {
 }
 
 impl Cli {
-    fn plan(&self) -> anyhow::Result<Plan> {
+    fn plan(&self) -> Result<Plan> {
         let beside = std::env::current_exe()?.with_file_name("user-service");
         let existing = |path: &PathBuf| path.canonicalize().with_context(|| format!("no {}", path.display()));
         let (warm_up, duration) = if self.quick { (50, 200) } else { (250, 2000) };
@@ -103,7 +103,7 @@ impl Cli {
     }
 
     /// Measures, writes the report and prints it.
-    async fn run(&self, plan: &Plan, postgres: &Postgres) -> anyhow::Result<()> {
+    async fn run(&self, plan: &Plan, postgres: &Postgres) -> Result<()> {
         let mut results = Results::default();
         if let Some(python) = &self.comparison {
             return self.write("comparison.md", &comparison::run(plan, python, postgres).await?);
@@ -121,7 +121,7 @@ impl Cli {
         self.out.as_ref().map_or(Ok(()), |dir| charts::write(&results, plan, dir))
     }
 
-    fn write(&self, file: &str, report: &str) -> anyhow::Result<()> {
+    fn write(&self, file: &str, report: &str) -> Result<()> {
         println!("{report}");
         if let Some(dir) = &self.out {
             fs::create_dir_all(dir)?;
@@ -133,7 +133,7 @@ impl Cli {
 
 /// One thread runs everything, the load generator included.
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> Result<()> {
     let cli = Cli::parse();
     let plan = cli.plan()?;
     // A thousand watchers have a connection each, here and in the service.

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use tokio::time;
 
 use crate::{
@@ -29,7 +29,7 @@ pub async fn run(
     work: Work,
     sessions: usize,
     duration: Duration,
-) -> anyhow::Result<Cell> {
+) -> Result<Cell> {
     let script = postgres.dir.path().join("pgbench.sql");
     fs::write(&script, script_of(work, database.users)?)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_micros();
@@ -62,7 +62,7 @@ pub async fn run(
 }
 
 /// Transactions per second after the warm-up, from pgbench's progress messages.
-fn rate(progress: &str) -> anyhow::Result<f64> {
+fn rate(progress: &str) -> Result<f64> {
     let rates = progress.lines().filter_map(|line| {
         let (_, rate) = line.strip_prefix("progress: ")?.split_once(" s, ")?;
         rate.split(' ').next()?.parse::<f64>().ok()
@@ -75,7 +75,7 @@ fn rate(progress: &str) -> anyhow::Result<f64> {
 }
 
 /// The service's statement with pgbench's variables as parameters.
-fn script_of(work: Work, users: u64) -> anyhow::Result<String> {
+fn script_of(work: Work, users: u64) -> Result<String> {
     let existing_id = format!("\\set id random({}, {})", ID_BASE + 1, ID_BASE + users);
     let new_id = format!("\\set next :next + 1\n\\set id :next + :client_id * {IDS_PER_SESSION}");
     let [name, request] = ["name", "request"]

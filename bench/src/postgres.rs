@@ -7,7 +7,7 @@ use std::{
     process::Stdio,
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use nix::{
     sys::statfs::{TMPFS_MAGIC, statfs},
     unistd::{SysconfVar, sysconf},
@@ -41,7 +41,7 @@ pub struct Database {
 }
 
 impl Postgres {
-    pub async fn start(service: &Path) -> anyhow::Result<Self> {
+    pub async fn start(service: &Path) -> Result<Self> {
         let dir = TempDir::with_prefix("user-service-bench-")?;
         if statfs(dir.path())?.filesystem_type() == TMPFS_MAGIC {
             bail!("{} is in memory, where fsync costs nothing: set TMPDIR", dir.path().display());
@@ -63,28 +63,28 @@ impl Postgres {
     }
 
     /// Stops the server and removes its data.
-    pub async fn stop(self) -> anyhow::Result<()> {
+    pub async fn stop(self) -> Result<()> {
         let stopped = self.host.shut_down().await;
         self.dir.close()?;
         stopped
     }
 
     /// One of the programs of this PostgreSQL version.
-    pub fn program(&self, name: &str) -> anyhow::Result<Command> {
+    pub fn program(&self, name: &str) -> Result<Command> {
         let server: PathBuf = fs::read_link(format!("/proc/{}/exe", self.postmaster))?;
         let mut command = Command::new(server.with_file_name(name));
         command.stdin(Stdio::null()).process_group(0).kill_on_drop(true);
         Ok(command)
     }
 
-    pub async fn version(&self) -> anyhow::Result<String> {
+    pub async fn version(&self) -> Result<String> {
         let client = connect(&self.url("postgres"), "").await?;
         Ok(client.query_one("show server_version", &[]).await?.try_get(0)?)
     }
 
     /// Creates a database in the state of one that has existed for a while: with
     /// statistics, vacuumed, and written to disk. The service binary makes its schema.
-    pub async fn create_database(&self, service: &Path, name: &str, users: u64) -> anyhow::Result<Database> {
+    pub async fn create_database(&self, service: &Path, name: &str, users: u64) -> Result<Database> {
         self.execute("postgres", &format!("create database {name}")).await?;
         let url = self.url(name);
         let migration = command(service).arg("migrate").env("DATABASE_URL", &url).output().await?;
@@ -98,7 +98,7 @@ impl Postgres {
     }
 
     /// Copies a database that has no open connections.
-    pub async fn copy_database(&self, source: &Database, name: &str) -> anyhow::Result<Database> {
+    pub async fn copy_database(&self, source: &Database, name: &str) -> Result<Database> {
         self.execute("postgres", &format!("create database {name} template {}", source.name)).await?;
         // Otherwise the copied pages would be written during the measurement.
         self.execute("postgres", "checkpoint").await?;
@@ -106,7 +106,7 @@ impl Postgres {
     }
 
     /// Drops a database and closes the connections to it.
-    pub async fn drop_database(&self, database: Database) -> anyhow::Result<()> {
+    pub async fn drop_database(&self, database: Database) -> Result<()> {
         self.execute("postgres", &format!("drop database {} (force)", database.name)).await
     }
 
@@ -114,7 +114,7 @@ impl Postgres {
         url(self.dir.path(), database)
     }
 
-    async fn execute(&self, database: &str, sql: &str) -> anyhow::Result<()> {
+    async fn execute(&self, database: &str, sql: &str) -> Result<()> {
         Ok(connect(&self.url(database), "").await?.batch_execute(sql).await?)
     }
 }
@@ -124,7 +124,7 @@ fn url(dir: &Path, database: &str) -> String {
 }
 
 /// Connects without the service; `options` are settings of the session.
-pub async fn connect(url: &str, options: &str) -> anyhow::Result<Client> {
+pub async fn connect(url: &str, options: &str) -> Result<Client> {
     let mut config: tokio_postgres::Config = url.parse()?;
     let (client, connection) = config.options(options).connect(NoTls).await?;
     // It ends when the client is dropped.

@@ -11,8 +11,9 @@ use crate::{
     targets::{Target, best_of_pgbench, targets},
     usage::machine,
 };
+use anyhow::Result;
 
-pub fn report(results: &Results, plan: &Plan, postgres_version: &str) -> anyhow::Result<String> {
+pub fn report(results: &Results, plan: &Plan, postgres_version: &str) -> Result<String> {
     let [charts @ .., delivery_chart] = charts::FILES.map(|(file, title)| format!("![{title}]({file})\n"));
     let p99 =
         |variant| results.each(Section::Calls.key(Work::GetById, variant, 512, plan.users), |cell| cell.p99);

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use anyhow::Result;
 use bytes::Bytes;
 use user_service::pb::{self, get_user_request::Key};
 
@@ -91,7 +92,7 @@ impl Requests {
     }
 
     /// The next request in its gRPC frame.
-    pub fn next(&mut self) -> anyhow::Result<Bytes> {
+    pub fn next(&mut self) -> Result<Bytes> {
         let list = pb::ListUsersRequest { page_size: 50, ..Default::default() };
         match self.work {
             Work::Empty => frame(&()),
@@ -146,7 +147,7 @@ impl Requests {
     }
 }
 
-fn get(key: Key) -> anyhow::Result<Bytes> {
+fn get(key: Key) -> Result<Bytes> {
     frame(&pb::GetUserRequest { key: Some(key), ..Default::default() })
 }
 

@@ -6,7 +6,7 @@
 
 use std::{path::Path, process::Stdio};
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use tokio::process::Command;
 
 use crate::{
@@ -49,7 +49,7 @@ const MANY_WRITTEN: [(Work, usize); 2] = [(Work::Create, 1000), (Work::BatchCrea
 const SIZE_DEPENDENT: [Work; 3] = [Work::GetById, Work::FirstPage, Work::DeepPage];
 
 /// Measures everything but the baseline.
-pub async fn run(plan: &Plan, postgres: &Postgres, results: &mut Results) -> anyhow::Result<()> {
+pub async fn run(plan: &Plan, postgres: &Postgres, results: &mut Results) -> Result<()> {
     let mut databases = Vec::new();
     for users in &plan.sizes {
         eprintln!("loading {users} users");
@@ -98,7 +98,7 @@ pub async fn run(plan: &Plan, postgres: &Postgres, results: &mut Results) -> any
     bulk::run(plan, postgres, database, results).await
 }
 
-async fn measure_binary(plan: &Plan, postgres: &Postgres, results: &mut Results) -> anyhow::Result<()> {
+async fn measure_binary(plan: &Plan, postgres: &Postgres, results: &mut Results) -> Result<()> {
     let mib = |file: &Path| anyhow::Ok(file.metadata()?.len() as f64 / 1024.0 / 1024.0);
     results.push_figure(BINARY, mib(&plan.service)?);
     let stripped = postgres.dir.path().join("stripped");
@@ -119,7 +119,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    async fn calls(&mut self, name: &str, rows: &[(Work, &[Variant])]) -> anyhow::Result<()> {
+    async fn calls(&mut self, name: &str, rows: &[(Work, &[Variant])]) -> Result<()> {
         let rows = rows.iter().flat_map(|(work, variants)| variants.iter().map(|variant| (*work, *variant)));
         let mut rows: Vec<_> = rows.collect();
         for repetition in 1..=self.plan.repetitions {
@@ -145,7 +145,7 @@ impl Bench<'_> {
     }
 
     /// Coalescing at the rate that the service without it reaches.
-    async fn same_rate(&mut self) -> anyhow::Result<()> {
+    async fn same_rate(&mut self) -> Result<()> {
         for repetition in 1..=self.plan.repetitions {
             eprintln!("same rate, repetition {repetition}");
             let single = self.single.measure(Work::GetById, BUSY, self.load(None)).await?;
@@ -158,7 +158,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    async fn table_sizes(&mut self, services: &[Service]) -> anyhow::Result<()> {
+    async fn table_sizes(&mut self, services: &[Service]) -> Result<()> {
         for repetition in 1..=self.plan.repetitions {
             eprintln!("table sizes, repetition {repetition}");
             for work in SIZE_DEPENDENT {
@@ -186,7 +186,7 @@ async fn many_users(
     rows: &[(Work, usize)],
     load: Load,
     results: &mut Results,
-) -> anyhow::Result<()> {
+) -> Result<()> {
     for &(work, in_flight) in rows {
         let cell = service.measure(work, in_flight, load).await?.per_user(work.users());
         results

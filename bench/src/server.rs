@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::Path, process::Stdio, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -34,7 +34,7 @@ pub struct Server {
 
 impl Server {
     /// Starts a program and waits until its log has `announcement` and an address.
-    pub async fn spawn(command: &mut Command, announcement: &str) -> anyhow::Result<Self> {
+    pub async fn spawn(command: &mut Command, announcement: &str) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -63,12 +63,12 @@ impl Server {
     }
 
     /// Ends the process at once.
-    pub async fn kill(mut self) -> anyhow::Result<()> {
+    pub async fn kill(mut self) -> Result<()> {
         Ok(self.child.kill().await?)
     }
 
     /// Asks the process to shut down and waits for it.
-    pub async fn shut_down(mut self) -> anyhow::Result<()> {
+    pub async fn shut_down(mut self) -> Result<()> {
         self.terminate();
         let status = self.child.wait().await?;
         if !status.success() {
@@ -105,7 +105,7 @@ pub fn command(binary: &Path) -> Command {
 }
 
 /// Starts the service and waits until it is SERVING.
-pub async fn serve(command: &mut Command) -> anyhow::Result<Server> {
+pub async fn serve(command: &mut Command) -> Result<Server> {
     let server = Server::spawn(command, LISTENING).await?;
     let wait = async {
         let mut health = GrpcClient::connect(server.addr, &Work::Empty.path()).await?;

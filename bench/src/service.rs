@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use tonic::transport::Channel;
 use user_service::pb::{self, user_service_client::UserServiceClient};
 
@@ -35,7 +35,7 @@ pub struct Service {
 }
 
 impl Service {
-    pub async fn start(binary: &Path, database: &Database, coalescing: bool) -> anyhow::Result<Self> {
+    pub async fn start(binary: &Path, database: &Database, coalescing: bool) -> Result<Self> {
         let start = Instant::now();
         let mut command = command(binary);
         command.env("DATABASE_URL", &database.url);
@@ -44,17 +44,17 @@ impl Service {
         Ok(Self { database: database.clone(), server, start: start.elapsed() })
     }
 
-    pub async fn stop(self) -> anyhow::Result<()> {
+    pub async fn stop(self) -> Result<()> {
         self.server.kill().await
     }
 
     /// A full client, for the streams.
-    pub async fn client(&self) -> anyhow::Result<UserServiceClient<Channel>> {
+    pub async fn client(&self) -> Result<UserServiceClient<Channel>> {
         Ok(UserServiceClient::connect(format!("http://{}", self.server.addr)).await?)
     }
 
     /// Puts the service under load.
-    pub async fn measure(&self, work: Work, in_flight: usize, load: Load) -> anyhow::Result<Cell> {
+    pub async fn measure(&self, work: Work, in_flight: usize, load: Load) -> Result<Cell> {
         let database = &self.database;
         let requests = Requests::new(work, database.users, database.deep_page.clone());
         let callers = callers(self.server.addr, requests, in_flight).await?;
@@ -64,7 +64,7 @@ impl Service {
     }
 
     /// The token of the page that begins in the middle of the table.
-    pub async fn deep_page(&self) -> anyhow::Result<String> {
+    pub async fn deep_page(&self) -> Result<String> {
         let mut client = self.client().await?;
         let mut request = pb::ListUsersRequest { page_size: 1000, ..Default::default() };
         let mut users = 0;
@@ -78,11 +78,7 @@ impl Service {
 }
 
 /// Callers of a gRPC server. They share a few connections, as the clients of a service do.
-pub async fn callers(
-    addr: SocketAddr,
-    mut requests: Requests,
-    in_flight: usize,
-) -> anyhow::Result<Vec<GrpcCaller>> {
+pub async fn callers(addr: SocketAddr, mut requests: Requests, in_flight: usize) -> Result<Vec<GrpcCaller>> {
     let mut clients = Vec::new();
     for _ in 0..CONNECTIONS.min(in_flight) {
         clients.push(GrpcClient::connect(addr, &requests.work.path()).await?);

@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use nix::unistd::{SysconfVar, sysconf};
 
 /// CPU time, user and system, of the service, the database and the load generator.
@@ -18,7 +18,7 @@ pub struct Meter {
 
 impl Meter {
     /// The CPU time used so far.
-    pub fn read(&self) -> anyhow::Result<Usage> {
+    pub fn read(&self) -> Result<Usage> {
         let own = CpuTime::of("self")?;
         let postmaster = CpuTime::of(self.postmaster)?;
         let mut database = postmaster.own + postmaster.ended_children;
@@ -35,7 +35,7 @@ impl Meter {
     }
 
     /// The CPU time used since a reading.
-    pub fn since(&self, before: Usage) -> anyhow::Result<Usage> {
+    pub fn since(&self, before: Usage) -> Result<Usage> {
         let mut used = self.read()?;
         used.iter_mut().zip(before).for_each(|(used, before)| *used = used.saturating_sub(before));
         Ok(used)
@@ -48,7 +48,7 @@ struct CpuTime {
 }
 
 impl CpuTime {
-    fn of(process: impl std::fmt::Display) -> anyhow::Result<Self> {
+    fn of(process: impl std::fmt::Display) -> Result<Self> {
         let ticks_per_second = sysconf(SysconfVar::CLK_TCK)?.context("no clock tick")?;
         let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
         // The name in parentheses may contain anything, so fields are counted from its
@@ -63,20 +63,20 @@ impl CpuTime {
 }
 
 /// Resident memory of a process in MiB.
-pub fn memory(pid: u32) -> anyhow::Result<f64> {
+pub fn memory(pid: u32) -> Result<f64> {
     memory_field(pid, "VmRSS:")
 }
 
 /// The highest resident memory in MiB since the last [`reset_peak_memory`].
-pub fn peak_memory(pid: u32) -> anyhow::Result<f64> {
+pub fn peak_memory(pid: u32) -> Result<f64> {
     memory_field(pid, "VmHWM:")
 }
 
-pub fn reset_peak_memory(pid: u32) -> anyhow::Result<()> {
+pub fn reset_peak_memory(pid: u32) -> Result<()> {
     Ok(fs::write(format!("/proc/{pid}/clear_refs"), "5")?)
 }
 
-fn memory_field(pid: u32, name: &str) -> anyhow::Result<f64> {
+fn memory_field(pid: u32, name: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(name)).context("no such field")?;
     let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
@@ -84,7 +84,7 @@ fn memory_field(pid: u32, name: &str) -> anyhow::Result<f64> {
 }
 
 /// Processor, cores and kernel of this machine.
-pub fn machine() -> anyhow::Result<String> {
+pub fn machine() -> Result<String> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or(std::env::consts::ARCH, |(_, model)| model);
