@@ -57,17 +57,22 @@ advisories: rust git $(CARGO_DENY) ## Check dependencies against the RustSec adv
 	fi
 
 .PHONY: bench
-bench: postgres binaries ## Measure the service beside pgbench: a few minutes, a quiet machine
+bench: postgres binaries ## Measure the service beside pgbench: some minutes, on a quiet machine
 	target/release/bench --out docs/performance
 
 .PHONY: bench-scale
 bench-scale: postgres binaries ## The same with 10 million users as well
 	target/release/bench --scale --out docs/performance
 
-.PHONY: bench-peers
-bench-peers: postgres wrk binaries ## Measure the service beside the Python stacks it grew out of
-	python3 -m venv $(TOOLS)/peers-venv
-	$(TOOLS)/peers-venv/bin/python bench/peers/run.py --output docs/performance/peers.md
+.PHONY: bench-baseline
+bench-baseline: postgres binaries ## Compare the service with an older binary: BASELINE=path
+	target/release/bench --baseline $(BASELINE) --only-baseline
+
+.PHONY: bench-comparison
+bench-comparison: postgres venv binaries ## Measure the service beside Python stacks
+	python3 -m venv $(TOOLS)/comparison-venv
+	$(TOOLS)/comparison-venv/bin/python -m pip install --quiet --requirement bench/comparison/requirements.txt
+	target/release/bench --comparison $(TOOLS)/comparison-venv/bin/python --out docs/performance
 
 .PHONY: binaries
 binaries:
@@ -115,17 +120,16 @@ POSTGRES_INITDB := /usr/lib/postgresql/*/bin/initdb /usr/local/lib/postgresql/*/
 git:
 	$(call need,command -v git,git,git)
 
-.PHONY: wrk
-wrk:
-	$(call need,command -v wrk,wrk python3-venv,wrk and Python 3 with venv)
+.PHONY: venv
+venv:
+	$(call need,python3 -c 'import venv$(comma) ensurepip',python3-venv,Python 3 with venv)
 
 $(BUF):
 	$(call need,command -v npm,nodejs npm,Node.js with npm)
 	npm install --silent --no-fund --no-audit --prefix $(TOOLS) @bufbuild/buf@$(BUF_VERSION)
 	@touch $@
 
-$(PYTHON): tests/clients/requirements.txt
-	$(call need,python3 -c 'import venv$(comma) ensurepip',python3-venv,Python 3 with venv)
+$(PYTHON): tests/clients/requirements.txt | venv
 	python3 -m venv $(TOOLS)/venv
 	$@ -m pip install --quiet --requirement $<
 	@touch $@

@@ -1,194 +1,171 @@
-//! The change feed: how soon changes are delivered, what watchers and the change log
-//! cost those who write, and how fast somebody catches up who was away.
+//! The change feed: how soon changes are delivered, and what watchers and the change log
+//! cost the writers.
 
 use std::{
     net::SocketAddr,
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, Result, bail};
 use futures_util::future::try_join_all;
 use h2::RecvStream;
 use tokio::{runtime, sync::oneshot, task::JoinSet};
 use tokio_postgres::types::ToSql;
-use user_service::{
-    db::session_settings,
-    grouped,
-    pb::{self, user_service_client::UserServiceClient},
-};
+use user_service::pb::{self, user_service_client::UserServiceClient};
 use uuid::Uuid;
 
 use crate::{
-    calls::{NEW_NAMES, Requests, Work, frame},
-    client::{Connection, head},
-    cluster::{Cluster, Database},
-    generator::{self, Load},
-    run::Plan,
+    client::{GrpcClient, frame},
+    generator::Load,
+    plan::Plan,
+    postgres::{Database, connect},
+    requests::{NEW_NAMES, Work},
+    results::{Figure, Results, quantiles},
     service::Service,
-    usage::{Memory, Usage},
+    statements::{self, SESSION_OPTIONS},
+    usage::{peak_memory, reset_peak_memory},
 };
 
-/// How much of what can be created at most is created while deliveries are timed.
-pub const SHARES: [f64; 3] = [0.1, 0.25, 0.5];
+/// Create rates at which deliveries are timed, as shares of the highest one, and the
+/// latencies in milliseconds from the start of a transaction to the delivery of its change:
+/// to a watcher on the replica that writes (median, p99) and on another one (the same).
+pub const DELIVERY: [(f64, [Figure; 4]); 3] = [
+    (0.1, delivery(["10 %, same, median", "10 %, same, p99", "10 %, other, median", "10 %, other, p99"])),
+    (0.25, delivery(["25 %, same, median", "25 %, same, p99", "25 %, other, median", "25 %, other, p99"])),
+    (0.5, delivery(["50 %, same, median", "50 %, same, p99", "50 %, other, median", "50 %, other, p99"])),
+];
+
+const fn delivery(names: [&'static str; 4]) -> [Figure; 4] {
+    let [a, b, c, d] = names;
+    [Figure(a, "ms"), Figure(b, "ms"), Figure(c, "ms"), Figure(d, "ms")]
+}
+
+pub const UNWATCHED: Figure = Figure("`CreateUser` without watchers", "users/s");
+pub const WATCHED: Figure = Figure("`CreateUser` with 1000 watchers", "users/s");
+pub const WATCHER_MEMORY: Figure = Figure("resident memory of a watcher", "KiB");
+pub const UNLOGGED: Figure = Figure("batch statement of 128 creates, without the change log", "users/s");
+pub const LOGGED: Figure = Figure("batch statement of 128 creates, with the change log", "users/s");
+
 /// Calls in flight that create.
 const IN_FLIGHT: usize = 512;
-/// The most that one replica takes.
-pub const WATCHERS: usize = 1000;
-/// How often in a repetition creates that many watch take turns with creates that nobody
-/// watches: two measurements of the same differ by more than these do.
-pub const TURNS: usize = 4;
-/// Users in a group of creates that is timed, and how many such groups.
-const GROUP: usize = 128;
-const GROUPS: usize = 200;
+/// The most watchers that a replica accepts by default.
+const WATCHERS: usize = 1000;
+/// Pairs of measurements with and without watchers in a repetition. A single pair differs
+/// more by chance than by its watchers.
+pub const PAIRS: usize = 4;
+/// Users in a timed batch statement, and the number of such statements.
+const BATCH: usize = 128;
+const BATCHES: usize = 200;
 
-/// What was found out: figures of one repetition each.
-#[derive(Debug, Default)]
-pub struct Feed {
-    /// By share.
-    pub delivery: [Delivery; SHARES.len()],
-    /// Creates a second: nobody watches, many do.
-    pub unwatched: Vec<f64>,
-    pub watched: Vec<f64>,
-    /// KiB by which the service grows at most, for each of them.
-    pub memory_per_watcher: Vec<f64>,
-    /// Creates a second without the change log, and with it.
-    pub unlogged: Vec<f64>,
-    pub logged: Vec<f64>,
-}
-
-/// Deliveries to a watcher of the replica that wrote, and of another one.
-#[derive(Debug, Default)]
-pub struct Delivery {
-    pub here: Latencies,
-    pub there: Latencies,
-}
-
-/// Milliseconds from the beginning of a transaction to the delivery of its change.
-#[derive(Debug, Default)]
-pub struct Latencies {
-    pub median: Vec<f64>,
-    pub p99: Vec<f64>,
-}
-
-impl Latencies {
-    /// Those of a repetition.
-    fn push(&mut self, mut latencies: Vec<f64>) -> anyhow::Result<()> {
-        latencies.sort_unstable_by(f64::total_cmp);
-        let at = |share: f64| latencies.get((latencies.len() as f64 * share) as usize);
-        self.median.push(*at(0.5).context("nothing was delivered")?);
-        self.p99.push(*at(0.99).context("nothing was delivered")?);
-        Ok(())
-    }
-}
-
-/// Measures all of it; `most` is the rate at which users can be created.
-pub async fn run(plan: &Plan, cluster: &Cluster, database: &Database, most: f64) -> anyhow::Result<Feed> {
-    let mut feed = Feed::default();
-    let here = Service::start(&plan.service, database, "on").await?;
-    let there = Service::start(&plan.service, database, "on").await?;
-    let (here_addr, there_addr) = (here.addr, there.addr);
+/// Measures everything; `highest` is the highest create rate.
+pub async fn run(plan: &Plan, database: &Database, highest: f64, results: &mut Results) -> Result<()> {
+    let same = Service::start(&plan.service, database, true).await?;
+    let other = Service::start(&plan.service, database, true).await?;
     for repetition in 1..=plan.repetitions {
-        eprintln!("the change feed, repetition {repetition}");
-        for (share, delivery) in SHARES.into_iter().zip(&mut feed.delivery) {
-            let at_here =
-                Watching::begin(move |begun, enough| time_changes(here_addr, begun, enough)).await?;
-            let at_there =
-                Watching::begin(move |begun, enough| time_changes(there_addr, begun, enough)).await?;
-            create(plan, &here, Some(share * most)).await?;
-            delivery.here.push(at_here.end().await?)?;
-            delivery.there.push(at_there.end().await?)?;
-        }
-        for turn in 0..TURNS {
-            // Neither always comes after the other.
-            let ((unwatched, without), (watched, with)) = if turn % 2 == 0 {
-                let unwatched = create_watched(plan, &here, 0).await?;
-                (unwatched, create_watched(plan, &here, WATCHERS).await?)
-            } else {
-                let watched = create_watched(plan, &here, WATCHERS).await?;
-                (create_watched(plan, &here, 0).await?, watched)
-            };
-            feed.unwatched.push(unwatched);
-            feed.watched.push(watched);
-            // Later, what watchers took before has perhaps not been given back yet.
-            if turn == 0 {
-                feed.memory_per_watcher.push((with - without) * 1024.0 / WATCHERS as f64);
+        eprintln!("change feed, repetition {repetition}");
+        for (share, figures) in DELIVERY {
+            let mut watches = Vec::new();
+            for addr in [same.server.addr, other.server.addr] {
+                watches.push(Watch::start(move |ready, stop| time_changes(addr, ready, stop)).await?);
+            }
+            create(plan, &same, Some(share * highest)).await?;
+            for (watch, figures) in watches.into_iter().zip(figures.chunks(2)) {
+                let latencies = quantiles(watch.stop().await?).context("nothing was delivered")?;
+                for (figure, value) in figures.iter().zip(latencies) {
+                    results.push_figure(*figure, value);
+                }
             }
         }
-        let [unlogged, logged] = write_groups(cluster, database).await?;
-        feed.unlogged.push(unlogged);
-        feed.logged.push(logged);
+        for pair in 0..PAIRS {
+            let mut turns = [(UNWATCHED, 0), (WATCHED, WATCHERS)];
+            // The order alternates, so that neither always follows the other.
+            if pair % 2 == 1 {
+                turns.reverse();
+            }
+            let mut memory = 0.0;
+            for (figure, watchers) in turns {
+                let (rate, peak) = create_watched(plan, &same, watchers).await?;
+                results.push_figure(figure, rate);
+                memory = peak - memory;
+            }
+            // Later, memory of earlier watchers may not have been returned yet.
+            if pair == 0 {
+                results.push_figure(WATCHER_MEMORY, memory * 1024.0 / WATCHERS as f64);
+            }
+        }
+        let [unlogged, logged] = run_batches(database).await?;
+        results.push_figure(UNLOGGED, unlogged);
+        results.push_figure(LOGGED, logged);
     }
-    here.stop().await?;
-    there.stop().await?;
-    Ok(feed)
+    same.stop().await?;
+    other.stop().await
 }
 
-/// Creates users, and says how many a second.
-async fn create(plan: &Plan, service: &Service, rate: Option<f64>) -> anyhow::Result<f64> {
-    let requests = Requests::new(Work::Create, service.database.users, String::new());
-    let load = Load { in_flight: IN_FLIGHT, rate, warm_up: plan.warm_up, duration: plan.duration };
-    Ok(generator::run(service.addr, requests, load, || Ok(Usage::default())).await?.rate)
+/// Creates users and returns the number per second.
+async fn create(plan: &Plan, service: &Service, rate: Option<f64>) -> Result<f64> {
+    let load = Load { rate, warm_up: plan.warm_up, duration: plan.duration };
+    Ok(service.measure(Work::Create, IN_FLIGHT, load).await?.rate)
 }
 
-/// Creates users while so many watch, and says how many a second, and how many MiB the
-/// service takes at most.
-async fn create_watched(plan: &Plan, service: &Service, watchers: usize) -> anyhow::Result<(f64, f64)> {
-    let addr = service.addr;
-    let watching = Watching::begin(move |begun, enough| read_along(addr, watchers, begun, enough)).await?;
-    Memory::forget_peak(service.pid)?;
+/// Creates users with so many watchers. Returns users per second, and the highest memory of
+/// the service in MiB.
+async fn create_watched(plan: &Plan, service: &Service, watchers: usize) -> Result<(f64, f64)> {
+    let addr = service.server.addr;
+    let watch = Watch::start(move |ready, stop| discard_changes(addr, watchers, ready, stop)).await?;
+    reset_peak_memory(service.server.pid)?;
     let rate = create(plan, service, None).await?;
-    let peak = Memory::of(service.pid)?.peak;
-    watching.end().await?;
+    let peak = peak_memory(service.server.pid)?;
+    watch.stop().await?;
     Ok((rate, peak))
 }
 
-/// Whoever watches, on a thread of their own.
-struct Watching<T> {
-    thread: JoinSet<anyhow::Result<T>>,
-    enough: oneshot::Sender<()>,
+/// Watchers on a thread of their own, so that they do not delay the load generator.
+struct Watch<T> {
+    thread: JoinSet<Result<T>>,
+    stop: oneshot::Sender<()>,
 }
 
-impl<T: Send + 'static> Watching<T> {
-    /// Returns when `watch` says, with its first argument, that it has begun. It is to
-    /// end when it hears from its second.
-    async fn begin<F: Future<Output = anyhow::Result<T>>>(
+impl<T: Send + 'static> Watch<T> {
+    /// Returns when `watch` sends to its first argument. It has to end when its second
+    /// argument receives.
+    async fn start<F: Future<Output = Result<T>>>(
         watch: impl FnOnce(oneshot::Sender<()>, oneshot::Receiver<()>) -> F + Send + 'static,
-    ) -> anyhow::Result<Self> {
-        let (begun, has_begun) = oneshot::channel();
-        let (enough, is_enough) = oneshot::channel();
+    ) -> Result<Self> {
+        let (ready, is_ready) = oneshot::channel();
+        let (stop, is_stopped) = oneshot::channel();
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let mut thread = JoinSet::new();
-        thread.spawn_blocking(move || runtime.block_on(watch(begun, is_enough)));
-        let watching = Self { thread, enough };
-        if has_begun.await.is_err() {
-            watching.end().await?;
-            bail!("a watch ended before it began");
+        thread.spawn_blocking(move || runtime.block_on(watch(ready, is_stopped)));
+        let watch = Self { thread, stop };
+        if is_ready.await.is_err() {
+            watch.stop().await?;
+            bail!("a watch ended before it started");
         }
-        Ok(watching)
+        Ok(watch)
     }
 
-    async fn end(mut self) -> anyhow::Result<T> {
-        // If nobody hears it, the thread says why.
-        let _ = self.enough.send(());
-        self.thread.join_next().await.context("nobody watches")??
+    async fn stop(mut self) -> Result<T> {
+        // If the thread has ended already, its result says why.
+        let _ = self.stop.send(());
+        self.thread.join_next().await.context("no thread")??
     }
 }
 
-/// How long each change takes, in milliseconds.
+/// Returns the latency of each change in milliseconds.
 async fn time_changes(
     addr: SocketAddr,
-    begun: oneshot::Sender<()>,
-    mut is_enough: oneshot::Receiver<()>,
-) -> anyhow::Result<Vec<f64>> {
+    ready: oneshot::Sender<()>,
+    mut stop: oneshot::Receiver<()>,
+) -> Result<Vec<f64>> {
     let mut client = UserServiceClient::connect(format!("http://{addr}")).await?;
     let mut messages = client.watch_users(pb::WatchUsersRequest::default()).await?.into_inner();
     messages.message().await?.context("the watch ended")?;
-    let _ = begun.send(());
+    let _ = ready.send(());
     let mut latencies = Vec::new();
     loop {
         let message = tokio::select! {
             message = messages.message() => message?.context("the watch ended")?,
-            _ = &mut is_enough => return Ok(latencies),
+            _ = &mut stop => return Ok(latencies),
         };
         let now = SystemTime::now();
         for change in message.changes {
@@ -198,80 +175,63 @@ async fn time_changes(
     }
 }
 
-/// Reads what so many watchers get, each on a connection of its own.
-async fn read_along(
+/// Reads what so many watchers receive, each on its own connection.
+async fn discard_changes(
     addr: SocketAddr,
     watchers: usize,
-    begun: oneshot::Sender<()>,
-    is_enough: oneshot::Receiver<()>,
-) -> anyhow::Result<()> {
-    let head = head(addr, "/users.v1.UserService/WatchUsers")?;
+    ready: oneshot::Sender<()>,
+    stop: oneshot::Receiver<()>,
+) -> Result<()> {
     let request = frame(&pb::WatchUsersRequest::default())?;
     let mut watches = Vec::new();
     for _ in 0..watchers {
-        let mut connection = Connection::open(addr).await?;
-        let mut messages = connection.caller.begin(head.clone(), request.clone()).await?;
-        read(&mut messages).await?;
+        let mut client = GrpcClient::connect(addr, "/users.v1.UserService/WatchUsers").await?;
+        let mut messages = client.start(request.clone()).await?;
+        discard(&mut messages).await?;
         watches.push(async move {
-            let _connection = connection;
+            let _client = client;
             loop {
-                read(&mut messages).await?;
+                discard(&mut messages).await?;
             }
         });
     }
-    let _ = begun.send(());
+    let _ = ready.send(());
     tokio::select! {
         ended = try_join_all(watches) => ended.map(|_: Vec<()>| ()),
-        _ = is_enough => Ok(()),
+        _ = stop => Ok(()),
     }
 }
 
-/// Some octets, whatever they are.
-async fn read(messages: &mut RecvStream) -> anyhow::Result<()> {
-    let octets = messages.data().await.context("the watch ended")??;
-    Ok(messages.flow_control().release_capacity(octets.len())?)
+async fn discard(messages: &mut RecvStream) -> Result<()> {
+    let bytes = messages.data().await.context("the watch ended")??;
+    Ok(messages.flow_control().release_capacity(bytes.len())?)
 }
 
-/// Creates users with the statement of a group, without the change log and with it:
-/// users a second.
-async fn write_groups(cluster: &Cluster, database: &Database) -> anyhow::Result<[f64; 2]> {
-    let statement = grouped::STATEMENTS.iter().find(|sql| sql.contains("insert into users"));
-    let logged = *statement.context("no statement creates users")?;
-    let (before, log) = logged.split_once(", change as (").context("no statement writes the log")?;
-    let (_, after) = log.split_once(")\nselect").context("nothing behind the log")?;
-    let unlogged = format!("{before}\nselect{after}");
-    let session = cluster.connect(database).await?;
-    session.client.batch_execute(&session_settings(0, 0)).await?;
-    let statements = [session.client.prepare(&unlogged).await?, session.client.prepare(logged).await?];
+/// Runs the batch statement without and with the change log, in turns, and returns users
+/// per second of each.
+async fn run_batches(database: &Database) -> Result<[f64; 2]> {
+    let client = connect(&database.url, SESSION_OPTIONS).await?;
+    let [unlogged, logged] = statements::create_batch()?;
+    let statements = [client.prepare(&unlogged).await?, client.prepare(&logged).await?];
     let mut random = fastrand::Rng::new();
-    let mut took = [Duration::ZERO; 2];
-    for _ in 0..GROUPS {
-        for (statement, took) in statements.iter().zip(&mut took) {
-            let new = |_| random.u64(NEW_NAMES);
-            let numbers: Vec<u64> = (0..GROUP).map(new).collect();
+    let mut elapsed = [Duration::ZERO; 2];
+    for _ in 0..BATCHES {
+        for (statement, elapsed) in statements.iter().zip(&mut elapsed) {
+            let numbers: Vec<u64> = (0..BATCH).map(|_| random.u64(NEW_NAMES)).collect();
             let ids: Vec<Uuid> = numbers.iter().map(|_| Uuid::now_v7()).collect();
             let request_ids: Vec<Uuid> = numbers.iter().map(|n| Uuid::from_u64_pair(*n, *n)).collect();
-            let of_octets = |length| vec![vec![0x5a_u8; length]; GROUP];
-            let names = |make: fn(&u64) -> String| numbers.iter().map(make).collect::<Vec<_>>();
-            let (usernames, emails) =
-                (names(|n| format!("user{n}")), names(|n| format!("user{n}@example.com")));
-            let (display_names, fingerprints, salts) =
-                (names(|n| format!("User {n}")), of_octets(32), of_octets(16));
-            let params: [&(dyn ToSql + Sync); 9] = [
-                &request_ids,
-                &fingerprints,
-                &ids,
-                &usernames,
-                &usernames,
-                &emails,
-                &emails,
-                &display_names,
-                &salts,
-            ];
-            let started = Instant::now();
-            session.client.query(statement, &params).await?;
-            *took += started.elapsed();
+            let texts = |text: fn(&u64) -> String| numbers.iter().map(text).collect::<Vec<_>>();
+            let (names, emails) = (texts(|n| format!("user{n}")), texts(|n| format!("user{n}@example.com")));
+            let display_names = texts(|n| format!("User {n}"));
+            let [fingerprints, salts] = [32, 16].map(|length| vec![vec![0x5a_u8; length]; BATCH]);
+            let identity: [&(dyn ToSql + Sync); 3] = [&request_ids, &fingerprints, &ids];
+            let columns: [&(dyn ToSql + Sync); 6] =
+                [&names, &names, &emails, &emails, &display_names, &salts];
+            let parameters = [&identity[..], &columns].concat();
+            let start = Instant::now();
+            client.query(statement, &parameters).await?;
+            *elapsed += start.elapsed();
         }
     }
-    Ok(took.map(|took| (GROUPS * GROUP) as f64 / took.as_secs_f64()))
+    Ok(elapsed.map(|elapsed| (BATCHES * BATCH) as f64 / elapsed.as_secs_f64()))
 }

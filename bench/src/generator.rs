@@ -1,11 +1,7 @@
-//! The load generator: so many callers, each of which makes its next call when it
-//! has the answer to the one before.
-//!
-//! It runs on one thread, the benchmark's own, and its CPU time is reported with
-//! each row.
+//! The load generator: callers that each make the next call when the previous one has
+//! succeeded. It runs on one thread, and its CPU time is reported with each row.
 
 use std::{
-    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,127 +9,123 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
-use http::Request;
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
 use tokio::{task::JoinSet, time};
 
 use crate::{
-    calls::Requests,
-    client::{Caller, Connection, head},
-    results::Cell,
-    usage::Usage,
+    client::GrpcClient,
+    requests::Requests,
+    results::{Cell, quantiles},
+    usage::Meter,
 };
 
-/// Several in flight spread over so many connections; a single one needs but one.
-const CONNECTIONS: usize = 4;
+/// Makes one call at a time.
+pub trait Caller: Send + 'static {
+    type Request: Send;
 
-/// How much, and for how long.
+    /// Builds a request, which is not part of the latency.
+    fn next_request(&mut self) -> Result<Self::Request>;
+
+    /// Returns when the call has succeeded.
+    fn call(&mut self, request: Self::Request) -> impl Future<Output = Result<()>> + Send;
+}
+
+pub struct GrpcCaller {
+    pub client: GrpcClient,
+    pub requests: Requests,
+}
+
+impl Caller for GrpcCaller {
+    type Request = Bytes;
+
+    fn next_request(&mut self) -> Result<Bytes> {
+        self.requests.next()
+    }
+
+    async fn call(&mut self, request: Bytes) -> Result<()> {
+        self.client.call(request).await?;
+        Ok(())
+    }
+}
+
+/// How fast and how long the callers call.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
-    pub in_flight: usize,
-    /// Calls a second, if not as many as possible.
+    /// Calls per second of all callers together; `None` for as many as possible.
     pub rate: Option<f64>,
-    /// Before anything is measured.
     pub warm_up: Duration,
     pub duration: Duration,
 }
 
 /// A call that succeeded.
 struct Sample {
-    ended: Instant,
-    took: Duration,
+    end: Instant,
+    latency: Duration,
 }
 
-/// Puts a service under load, and asks `usage` before and after for what was used.
-/// One call that fails fails it all.
-pub async fn run(
-    addr: SocketAddr,
-    mut requests: Requests,
-    load: Load,
-    usage: impl Fn() -> anyhow::Result<Usage>,
-) -> anyhow::Result<Cell> {
-    let head = head(addr, requests.work.path())?;
-    let mut connections = Vec::new();
-    for _ in 0..CONNECTIONS.min(load.in_flight) {
-        connections.push(Connection::open(addr).await?);
-    }
+/// Runs the load. One failed call ends it with an error.
+pub async fn run(callers: Vec<impl Caller>, load: Load, meter: Meter) -> Result<Cell> {
     let is_over = Arc::new(AtomicBool::new(false));
-    let mut callers = JoinSet::new();
-    let mut pace = Pace::new(load);
-    for (_, connection) in (0..load.in_flight).zip(connections.iter().cycle()) {
-        let (caller, requests) = (connection.caller.clone(), requests.fork());
-        callers.spawn(make_calls(caller, head.clone(), requests, pace, Arc::clone(&is_over)));
-        pace.next += pace.between_callers;
+    let between_callers = Duration::from_secs_f64(load.rate.map_or(0.0, f64::recip));
+    let mut pace = Pace { next: Instant::now(), interval: between_callers * u32::try_from(callers.len())? };
+    let mut tasks = JoinSet::new();
+    for caller in callers {
+        tasks.spawn(make_calls(caller, pace, Arc::clone(&is_over)));
+        pace.next += between_callers;
     }
-
-    let window = async {
+    let measure = async {
         time::sleep(load.warm_up).await;
-        let before = usage()?;
-        let from = Instant::now();
+        let before = meter.read()?;
+        let start = Instant::now();
         time::sleep(load.duration).await;
-        let to = Instant::now();
-        anyhow::Ok((from..to, usage()? - before))
+        let end = Instant::now();
+        anyhow::Ok((start..end, meter.since(before)?))
     };
     let (window, used) = tokio::select! {
-        window = window => window?,
-        Some(ended) = callers.join_next() => {
+        measured = measure => measured?,
+        Some(ended) = tasks.join_next() => {
             ended??;
             bail!("a caller stopped calling");
         }
     };
     is_over.store(true, Ordering::Relaxed);
     let mut latencies = Vec::new();
-    while let Some(samples) = callers.join_next().await {
+    while let Some(samples) = tasks.join_next().await {
         let samples = samples??;
-        let in_window = samples.iter().filter(|sample| window.contains(&sample.ended));
-        latencies.extend(in_window.map(|sample| sample.took));
+        let in_window = samples.iter().filter(|sample| window.contains(&sample.end));
+        latencies.extend(in_window.map(|sample| sample.latency.as_secs_f64() * 1e3));
     }
-    let elapsed = window.end - window.start;
-    Cell::new(latencies, elapsed, used).context("no call ended while it was measured")
+    let calls = latencies.len() as f64;
+    let quantiles = quantiles(latencies).context("no call ended during the measurement")?;
+    Ok(Cell::new(calls, calls / (window.end - window.start).as_secs_f64(), quantiles, used))
 }
 
-/// When a caller makes its calls.
+/// When a caller makes its calls; without an interval, at once.
 #[derive(Clone, Copy)]
 struct Pace {
     next: Instant,
-    between_calls: Duration,
-    between_callers: Duration,
+    interval: Duration,
 }
 
-impl Pace {
-    /// The pace of the first caller. Without a rate, every call is due at once.
-    fn new(load: Load) -> Self {
-        let between_callers = load.rate.map_or(0.0, f64::recip);
-        Self {
-            next: Instant::now(),
-            between_calls: Duration::from_secs_f64(between_callers * load.in_flight as f64),
-            between_callers: Duration::from_secs_f64(between_callers),
-        }
-    }
-}
-
-/// One caller.
 async fn make_calls(
-    mut caller: Caller,
-    head: Request<()>,
-    mut requests: Requests,
+    mut caller: impl Caller,
     mut pace: Pace,
     is_over: Arc<AtomicBool>,
-) -> anyhow::Result<Vec<Sample>> {
+) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
     while !is_over.load(Ordering::Relaxed) {
-        // The clock of the timer ticks in milliseconds: paced calls come in small
-        // bursts, which is no easier to serve than an even flow. A caller that is
-        // late does not wait, so the rate holds.
-        if !pace.between_calls.is_zero() {
+        // The timer has a resolution of a millisecond, so paced calls come in small bursts.
+        // A late caller does not wait, so the rate holds.
+        if !pace.interval.is_zero() {
             time::sleep_until(pace.next.into()).await;
-            pace.next += pace.between_calls;
+            pace.next += pace.interval;
         }
-        let request = requests.next()?;
-        let started = Instant::now();
-        caller.call(head.clone(), request).await?;
-        let ended = Instant::now();
-        samples.push(Sample { ended, took: ended - started });
+        let request = caller.next_request()?;
+        let start = Instant::now();
+        caller.call(request).await?;
+        let end = Instant::now();
+        samples.push(Sample { end, latency: end - start });
     }
     Ok(samples)
 }

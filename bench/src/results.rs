@@ -1,56 +1,52 @@
-//! What was measured, and how repetitions become one figure.
+//! Measurements, and how repetitions become one figure.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, ops::Div};
 
-use crate::usage::Usage;
+use crate::{plan::Variant, requests::Work, usage::Usage};
 
-/// One measurement: a load for a while.
+/// One measurement under load.
 #[derive(Debug, Clone, Copy)]
 pub struct Cell {
-    /// Calls a second.
+    /// Calls per second.
     pub rate: f64,
-    /// Latencies in milliseconds.
-    pub median: Option<f64>,
-    pub p99: Option<f64>,
-    /// CPU time of a call in microseconds.
+    /// Latencies in milliseconds; NaN from pgbench, which does not report them.
+    pub median: f64,
+    pub p99: f64,
+    /// CPU time per call in microseconds.
     pub service: f64,
     pub database: f64,
     pub generator: f64,
 }
 
 impl Cell {
-    /// `None` if there were no calls.
-    pub fn new(mut latencies: Vec<Duration>, elapsed: Duration, used: Usage) -> Option<Self> {
-        latencies.sort_unstable();
-        let calls = latencies.len();
-        let at = |share: f64| Some(latencies.get((calls as f64 * share) as usize)?.as_secs_f64() * 1e3);
-        Some(Self {
-            median: Some(at(0.5)?),
-            p99: Some(at(0.99)?),
-            ..Self::without_latencies(calls as f64 / elapsed.as_secs_f64(), calls as f64, used)
-        })
+    pub fn new(calls: f64, rate: f64, [median, p99]: [f64; 2], used: Usage) -> Self {
+        let [service, database, generator] = used.map(|time| time.as_secs_f64() * 1e6 / calls);
+        Self { rate, median, p99, service, database, generator }
     }
 
-    /// What pgbench tells.
-    pub fn without_latencies(rate: f64, calls: f64, used: Usage) -> Self {
-        let per_call = |time: Duration| time.as_secs_f64() * 1e6 / calls;
+    /// The median of several cells, figure by figure.
+    fn median_of(cells: &[Self]) -> Self {
+        let median = |figure: fn(&Self) -> f64| cells.iter().map(figure).collect::<Samples>().median();
         Self {
-            rate,
-            median: None,
-            p99: None,
-            service: per_call(used.service),
-            database: per_call(used.database),
-            generator: per_call(used.generator),
+            rate: median(|cell| cell.rate),
+            median: median(|cell| cell.median),
+            p99: median(|cell| cell.p99),
+            service: median(|cell| cell.service),
+            database: median(|cell| cell.database),
+            generator: median(|cell| cell.generator),
         }
     }
 
-    /// CPU time of a call without what it takes to make it.
-    pub fn cpu(&self) -> f64 {
-        self.service + self.database
+    /// The same with users per second, and CPU time per user.
+    pub fn per_user(self, users: f64) -> Self {
+        let [service, database, generator] =
+            [self.service, self.database, self.generator].map(|time| time / users);
+        Self { rate: self.rate * users, service, database, generator, ..self }
     }
 
-    pub fn p99(&self) -> f64 {
-        self.p99.unwrap_or(f64::NAN)
+    /// CPU time of the service and the database per call.
+    pub fn cpu(&self) -> f64 {
+        self.service + self.database
     }
 
     /// How much of its one thread the load generator used.
@@ -59,73 +55,121 @@ impl Cell {
     }
 }
 
-/// Measurements by what was measured, each with its repetitions.
-#[derive(Debug)]
-pub struct Results<K>(BTreeMap<K, Vec<Cell>>);
+/// The median and the 99th percentile; `None` without values.
+pub fn quantiles(mut values: Vec<f64>) -> Option<[f64; 2]> {
+    values.sort_unstable_by(f64::total_cmp);
+    let at = |share: f64| values.get((values.len() as f64 * share) as usize).copied();
+    Some([at(0.5)?, at(0.99)?])
+}
 
-impl<K> Default for Results<K> {
-    fn default() -> Self {
-        Self(BTreeMap::new())
+/// The part of the report that a cell belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Section {
+    Calls,
+    /// Coalescing on and off at the same rate.
+    SameRate,
+    /// The same calls on tables of different sizes.
+    TableSize,
+    /// One user per call beside a thousand users per call.
+    ManyUsers,
+    Baseline,
+}
+
+/// What a cell measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    pub section: Section,
+    pub work: Work,
+    pub variant: Variant,
+    /// Users in the database at the start.
+    pub users: u64,
+    /// Calls in flight, or sessions of pgbench.
+    pub load: usize,
+}
+
+impl Section {
+    pub fn key(self, work: Work, variant: Variant, load: usize, users: u64) -> Key {
+        Key { section: self, work, variant, users, load }
     }
 }
 
-impl<K: Ord + Copy> Results<K> {
-    pub fn push(&mut self, key: K, cell: Cell) {
-        self.0.entry(key).or_default().push(cell);
+/// A measurement that is not a load: its name and unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Figure(pub &'static str, pub &'static str);
+
+/// Measurements, each with its repetitions.
+#[derive(Debug, Default)]
+pub struct Results {
+    cells: BTreeMap<Key, Vec<Cell>>,
+    figures: BTreeMap<Figure, Vec<f64>>,
+}
+
+impl Results {
+    pub fn push(&mut self, key: Key, cell: Cell) {
+        self.cells.entry(key).or_default().push(cell);
     }
 
-    /// A figure of each repetition.
-    pub fn each(&self, key: K, figure: impl Fn(&Cell) -> f64) -> Vec<f64> {
-        self.0.get(&key).into_iter().flatten().map(figure).collect()
+    pub fn push_figure(&mut self, figure: Figure, value: f64) {
+        self.figures.entry(figure).or_default().push(value);
     }
 
-    /// The median of all repetitions, figure by figure.
-    pub fn median(&self, key: K) -> Option<Cell> {
-        self.0.get(&key).map(|cells| median_cell(cells))
+    /// A figure of the cells of each repetition.
+    pub fn each(&self, key: Key, figure: impl Fn(&Cell) -> f64) -> Samples {
+        self.cells.get(&key).into_iter().flatten().map(figure).collect()
     }
 
-    /// All medians.
-    pub fn medians(&self) -> impl Iterator<Item = (K, Cell)> {
-        self.0.iter().map(|(key, cells)| (*key, median_cell(cells)))
+    pub fn figure(&self, figure: Figure) -> Samples {
+        self.figures.get(&figure).into_iter().flatten().copied().collect()
+    }
+
+    /// The median cells of a section.
+    pub fn medians(&self, section: Section) -> impl Iterator<Item = (Key, Cell)> {
+        let cells = self.cells.iter().filter(move |(key, _)| key.section == section);
+        cells.map(|(key, cells)| (*key, Cell::median_of(cells)))
     }
 }
 
-fn median_cell(cells: &[Cell]) -> Cell {
-    let median = |figure: fn(&Cell) -> f64| Summary::of(cells.iter().map(figure).collect()).median;
-    let median_if_any = |figure: fn(&Cell) -> Option<f64>| {
-        let figures: Option<Vec<f64>> = cells.iter().map(figure).collect();
-        figures.map(|figures| Summary::of(figures).median)
-    };
-    Cell {
-        rate: median(|cell| cell.rate),
-        median: median_if_any(|cell| cell.median),
-        p99: median_if_any(|cell| cell.p99),
-        service: median(|cell| cell.service),
-        database: median(|cell| cell.database),
-        generator: median(|cell| cell.generator),
+/// One figure of each repetition.
+#[derive(Debug, Clone)]
+pub struct Samples(pub Vec<f64>);
+
+impl FromIterator<f64> for Samples {
+    fn from_iter<I: IntoIterator<Item = f64>>(samples: I) -> Self {
+        Self(samples.into_iter().collect())
     }
 }
 
-/// One by one, so that a ratio is of measurements made next to one another.
-pub fn ratios(above: &[f64], below: &[f64]) -> Vec<f64> {
-    above.iter().zip(below).map(|(above, below)| above / below).collect()
+/// Divides repetition by repetition, so that a ratio compares measurements that were made
+/// next to each other.
+impl Div for Samples {
+    type Output = Self;
+
+    fn div(self, divisor: Self) -> Self {
+        self.0.iter().zip(&divisor.0).map(|(dividend, divisor)| dividend / divisor).collect()
+    }
 }
 
-/// Several repetitions of one figure.
-#[derive(Debug, Clone, Copy)]
-pub struct Summary {
-    pub median: f64,
-    pub min: f64,
-    pub max: f64,
-}
+impl Samples {
+    /// NaN if there are none.
+    pub fn median(&self) -> f64 {
+        let sorted = self.sorted();
+        let at = |index: usize| sorted.get(index).copied().unwrap_or(f64::NAN);
+        let last = sorted.len().saturating_sub(1);
+        (at(last / 2) + at(last.div_ceil(2))) / 2.0
+    }
 
-impl Summary {
-    /// Of nothing, it is not a number.
-    pub fn of(mut figures: Vec<f64>) -> Self {
-        figures.sort_unstable_by(f64::total_cmp);
-        let at = |index: usize| figures.get(index).copied().unwrap_or(f64::NAN);
-        let last = figures.len().saturating_sub(1);
-        Self { median: (at(last / 2) + at(last.div_ceil(2))) / 2.0, min: at(0), max: at(last) }
+    /// The lowest and the highest sample, such as ` (0.98 to 1.02)`; empty for a single one.
+    pub fn range(&self, number: impl Fn(f64) -> String) -> String {
+        match self.sorted()[..] {
+            [min, .., max] => format!(" ({} to {})", number(min), number(max)),
+            _ => String::new(),
+        }
+    }
+
+    fn sorted(&self) -> Vec<f64> {
+        let mut sorted = self.0.clone();
+        sorted.sort_unstable_by(f64::total_cmp);
+        sorted
     }
 }
 
@@ -134,10 +178,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_median_is_the_middle_one_or_between_the_two_in_the_middle() {
-        let summary = Summary::of(vec![3.0, 1.0, 2.0]);
-        assert_eq!((summary.min, summary.median, summary.max), (1.0, 2.0, 3.0));
-        assert_eq!(Summary::of(vec![4.0, 1.0, 2.0, 3.0]).median, 2.5);
-        assert!(Summary::of(vec![]).median.is_nan());
+    fn median_is_the_middle_or_the_mean_of_the_two_middle_figures() {
+        let samples = Samples(vec![3.0, 1.0, 2.0]);
+        assert_eq!(samples.median(), 2.0);
+        assert_eq!(samples.range(|n| n.to_string()), " (1 to 3)");
+        assert_eq!(Samples(vec![4.0, 1.0, 2.0, 3.0]).median(), 2.5);
+        assert!(Samples(vec![]).median().is_nan());
+    }
+
+    #[test]
+    fn ratios_are_taken_within_repetitions() {
+        assert_eq!((Samples(vec![2.0, 9.0]) / Samples(vec![1.0, 3.0])).0, [2.0, 3.0]);
     }
 }

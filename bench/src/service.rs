@@ -1,112 +1,88 @@
-//! The service under test: the release binary, as it is.
+//! The service under test, on a database.
 
 use std::{
     net::SocketAddr,
     path::Path,
-    process::Stdio,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
-use prost::Message;
-use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    process::{Child, Command},
-    task::JoinSet,
-    time,
-};
-use tonic_health::pb::{HealthCheckResponse, health_check_response::ServingStatus};
+use anyhow::{Context, Result};
+use tonic::transport::Channel;
+use user_service::pb::{self, user_service_client::UserServiceClient};
 
 use crate::{
-    calls::{Work, frame},
-    client::{Connection, head},
-    cluster::Database,
+    client::GrpcClient,
+    generator::{self, GrpcCaller, Load},
+    postgres::Database,
+    requests::{Requests, Work},
+    results::Cell,
+    server::{Server, command, serve},
+    usage::Meter,
 };
 
-/// Between two questions for the health of a service that starts.
-const POLL: Duration = Duration::from_millis(1);
-/// It starts a hundred times faster, or never.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// The setting that turns coalescing on and off. The second name is the one before its
+/// renaming, for `--baseline` binaries; a service ignores variables it does not know.
+const COALESCING: [&str; 2] = ["REQUEST_COALESCING", "GROUPING"];
+/// The connections that calls in flight share.
+const CONNECTIONS: usize = 4;
 
-/// A running service; it ends when this is dropped.
+/// The service on a database.
 pub struct Service {
     pub database: Database,
-    pub addr: SocketAddr,
-    pub pid: u32,
-    /// From exec to SERVING.
+    pub server: Server,
+    /// Time from exec to SERVING.
     pub start: Duration,
-    child: Child,
 }
 
 impl Service {
-    /// Starts the service with its default settings, and returns when it serves.
-    pub async fn start(binary: &Path, database: &Database, grouping: &str) -> anyhow::Result<Self> {
-        let started = Instant::now();
-        let mut child = Command::new(binary)
-            .env_clear()
-            .env("DATABASE_URL", database.url())
-            .env("LISTEN_ADDR", "127.0.0.1:0")
-            .env("GROUPING", grouping)
-            .env("RUST_LOG", "info")
-            .env("LOG_FORMAT", "json")
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            // A Ctrl-C is for the benchmark, which then stops the service.
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("cannot run {}", binary.display()))?;
-        let pid = child.id().context("the service has ended")?;
-        let mut lines = BufReader::new(child.stderr.take().context("no log")?).lines();
-        let addr = loop {
-            let Some(line) = lines.next_line().await? else { bail!("the service does not start") };
-            if let Some(addr) = listening_at(&line) {
-                break addr.parse()?;
-            }
-            show_trouble(&line);
-        };
-        // Somebody has to read on, or the service will wait to write: to the very end,
-        // even if this is given up before, for its last words tell why.
-        let mut log = JoinSet::new();
-        log.spawn(async move {
-            while let Ok(Some(line)) = lines.next_line().await {
-                show_trouble(&line);
-            }
-        });
-        log.detach_all();
-        let is_serving = time::timeout(START_TIMEOUT, serving(addr)).await;
-        is_serving.context("it takes too long").flatten().context("the service does not get ready")?;
-        let start = started.elapsed();
-        Ok(Self { database: database.clone(), addr, pid, start, child })
+    pub async fn start(binary: &Path, database: &Database, coalescing: bool) -> Result<Self> {
+        let start = Instant::now();
+        let mut command = command(binary);
+        command.env("DATABASE_URL", &database.url);
+        command.envs(COALESCING.map(|name| (name, if coalescing { "on" } else { "off" })));
+        let server = serve(&mut command).await?;
+        Ok(Self { database: database.clone(), server, start: start.elapsed() })
     }
 
-    pub async fn stop(mut self) -> anyhow::Result<()> {
-        Ok(self.child.kill().await?)
+    pub async fn stop(self) -> Result<()> {
+        self.server.kill().await
     }
-}
 
-/// The address in `{…"message":"listening","addr":"127.0.0.1:40000"…}`.
-fn listening_at(line: &str) -> Option<&str> {
-    let (_, fields) = line.split_once(r#""message":"listening""#)?;
-    let (_, addr) = fields.split_once(r#""addr":""#)?;
-    Some(addr.split_once('"')?.0)
-}
-
-fn show_trouble(line: &str) {
-    if !line.contains(r#""level":"INFO""#) {
-        eprintln!("user-service: {line}");
+    /// A full client, for the streams.
+    pub async fn client(&self) -> Result<UserServiceClient<Channel>> {
+        Ok(UserServiceClient::connect(format!("http://{}", self.server.addr)).await?)
     }
-}
 
-/// Asks until the answer is SERVING.
-async fn serving(addr: SocketAddr) -> anyhow::Result<()> {
-    let mut connection = Connection::open(addr).await?;
-    let head = head(addr, Work::Empty.path())?;
-    loop {
-        let answer = connection.caller.call(head.clone(), frame(&())?).await?;
-        if HealthCheckResponse::decode(answer)?.status() == ServingStatus::Serving {
-            return Ok(());
+    /// Puts the service under load.
+    pub async fn measure(&self, work: Work, in_flight: usize, load: Load) -> Result<Cell> {
+        let database = &self.database;
+        let requests = Requests::new(work, database.users, database.deep_page.clone());
+        let callers = callers(self.server.addr, requests, in_flight).await?;
+        let meter = Meter { service: Some(self.server.pid), postmaster: database.postmaster };
+        let cell = generator::run(callers, load, meter).await;
+        cell.with_context(|| format!("{} with {in_flight} in flight", work.name()))
+    }
+
+    /// The token of the page that begins in the middle of the table.
+    pub async fn deep_page(&self) -> Result<String> {
+        let mut client = self.client().await?;
+        let mut request = pb::ListUsersRequest { page_size: 1000, ..Default::default() };
+        let mut users = 0;
+        while users < self.database.users / 2 {
+            let page = client.list_users(request.clone()).await?.into_inner();
+            users += page.users.len() as u64;
+            request.page_token = page.next_page_token;
         }
-        time::sleep(POLL).await;
+        Ok(request.page_token)
     }
+}
+
+/// Callers of a gRPC server. They share a few connections, as the clients of a service do.
+pub async fn callers(addr: SocketAddr, mut requests: Requests, in_flight: usize) -> Result<Vec<GrpcCaller>> {
+    let mut clients = Vec::new();
+    for _ in 0..CONNECTIONS.min(in_flight) {
+        clients.push(GrpcClient::connect(addr, &requests.work.path()).await?);
+    }
+    let clients = clients.iter().cycle().take(in_flight);
+    Ok(clients.map(|client| GrpcCaller { client: client.clone(), requests: requests.fork() }).collect())
 }

@@ -353,7 +353,7 @@ pub fn delete(id: &str) -> pb::DeleteUserRequest {
 }
 
 pub fn expunge(id: &str) -> pb::ExpungeUserRequest {
-    pb::ExpungeUserRequest { id: id.into(), ..Default::default() }
+    pb::ExpungeUserRequest { id: id.into(), force: true, ..Default::default() }
 }
 
 /// An update of the display name.

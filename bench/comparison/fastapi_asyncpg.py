@@ -9,17 +9,7 @@ import asyncpg
 from fastapi import FastAPI, HTTPException
 
 from models import NewUser, User
-
-COLUMNS = "id, username, email, display_name, create_time, update_time, delete_time, purge_time, revision"
-GET = f"select {COLUMNS} from users where id = $1"
-CREATE = f"""
-    insert into users (
-        id, username, username_key, username_held, email, email_key, display_name,
-        revision, create_time, update_time
-    )
-    values ($1, $2, $3, true, $4, $5, $6, 1, now(), now())
-    returning {COLUMNS}
-"""
+from statements import CREATE, GET
 
 
 @asynccontextmanager
@@ -47,8 +37,3 @@ async def create_user(new: NewUser) -> Any:
             CREATE, uuid4(), new.username, new.username.lower(), new.email, new.email.lower(), new.display_name
         )
     return dict(row)
-
-
-@app.get("/sleep")
-async def sleep(seconds: float) -> None:
-    await app.state.pool.execute("select pg_sleep($1)", seconds)

@@ -1,4 +1,4 @@
-"""FastAPI and SQLAlchemy's ORM, asynchronous, on asyncpg."""
+"""FastAPI and the asynchronous ORM of SQLAlchemy, on asyncpg."""
 
 import os
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""What goes in and out, the same for every HTTP stack."""
+"""The messages of the HTTP stacks."""
 
 from datetime import datetime
 from uuid import UUID
