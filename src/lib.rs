@@ -1,62 +1,56 @@
 //! user-service: the system of record for users, over gRPC, on PostgreSQL.
 //!
-//! # The line a call takes
+//! # The path of a request
 //!
 //! ```text
-//! server.rs    call            connection, deadline, panic: the same for every rpc
-//!   service.rs   create_user   one function an rpc: parse, call, answer
-//!     input.rs     Create::parse  pure; all violations at once; types that cannot be wrong
-//!     group.rs     Group::run     alone, or together with calls that wait as well
-//!     users.rs     create         the statement stands above the function that runs it
-//!       db.rs        Db::run        a connection on loan, prepared, timed, given back or discarded
-//!     users.rs     user_from_row  the one way from a row to a pb::User
+//! server/connection.rs   serve                 HTTP/2, limits, age of the connection
+//! server/dispatch.rs     dispatch              deadline, panic, error details: the same for every rpc
+//! api/service.rs         create_user           one function an rpc: parse, run, respond
+//! model/request.rs       Create::parse         pure; all violations at once; always valid afterwards
+//! api/coalescer.rs       Coalescer::run        alone, or in a batch with requests that wait
+//! store/users.rs         create                the statement stands above the function that runs it
+//! store/pool.rs          Db::run               a pooled connection: prepared, timed, released or closed
+//! store/user_row.rs      user_from_row         the only way from a row to a pb::User
 //! ```
 //!
-//! # The files
+//! # Layers
 //!
-//! | file | what lives there |
-//! |--|--|
-//! | `main.rs` | the command line: `serve`, `migrate`, `check`, and what is in [`cli`] |
-//! | [`cli`] | the commands that talk to a running service: `import` and `export`, their files, and `watch` |
-//! | [`config`] | every setting; the only one that reads the environment |
-//! | [`app`] | wires, starts and stops; what [`server`], [`group`], [`import`] and [`watch`] spawn ends with it |
-//! | [`server`] | from a TCP connection to a call: limits, deadlines, panics, the orderly end |
-//! | [`calls`] | a connection and its calls as one task |
-//! | [`codec`], [`service`] | how messages are read, and one that is encoded for many; the rpcs, a few lines each |
-//! | [`input`], [`names`], [`page`] | pure: requests, name rules and keys, whom a filter means and page tokens |
-//! | [`users`], [`grouped`], [`batch`], [`lookup`], [`list`], [`purge`] | all SQL on users, each statement above its function, listed for preparation; `arrays`, what those on many users take |
-//! | [`places`] | how many streams of a kind there may be |
-//! | [`import`], [`export`] | the streams: chunk after chunk in, one snapshot out; their SQL |
-//! | [`change_log`], [`point`] | the change log: its statements, and what is read of it with its users; where one is in history, and the tokens for it |
-//! | [`feed`], [`watch`] | the log as a feed: the one reader; a stream |
-//! | [`group`] | the gathering of calls, whatever they are about |
-//! | [`db`] | the pool, what every statement goes through, the migrations |
-//! | [`embedded`] | the private PostgreSQL, when `DATABASE_URL` is unset |
-//! | [`error`] | what can go wrong, and the only place that picks a code for it |
-//! | [`health`], [`telemetry`] | readiness and life; the log |
+//! A folder is a layer. It may use the layers behind the arrow and the leaves, and nothing else;
+//! files form no cycle. `tests/it/layers.rs` holds this.
 //!
-//! # What always holds
+//! | layer | uses | has |
+//! |--|--|--|
+//! | [`app`], `main.rs` | all | builds, runs and stops the parts, in order |
+//! | [`api`] | → feed, store, model | the rpcs; how requests share statements; streams of imports |
+//! | [`feed`] | → store, model | the change feed: one reader a process, the watchers |
+//! | [`store`] | → model | all SQL and every connection to PostgreSQL |
+//! | [`model`] | leaves only | pure: requests, name rules, page tokens, positions in the change log |
+//! | [`server`] | leaves only | from a TCP connection to a request |
+//! | [`cli`] | → model | the commands that talk to a running service |
+//! | [`health`] | → store | readiness and liveness |
+//! | leaves: [`config`], [`error`], [`limits`], [`pb`], [`telemetry`] | leaves | serve all |
 //!
-//! - A change, of one user or of a thousand, is one statement: request id, user rows
-//!   and change log are written together or not at all. Nothing is read first and
-//!   written later.
-//! - What was acknowledged is committed. A call whose outcome is not known says so.
-//! - A statement whose caller has gone is cancelled, and its connection discarded.
-//! - Input is refused, never repaired; what a refusal says of it does not repeat it.
-//! - Personal data is in the table `users` and nowhere else: not in the change
-//!   log, not with request ids or chunks of imports, not in any log line.
-//! - A stream goes at its client's pace: memory is bounded, and no connection of the
-//!   pool waits for a client.
-//! - What lies between two points in history is delivered to whoever watches: points
-//!   are sets of transactions, not positions in a sequence. A watch that keeps up costs
-//!   the process no task and no connection to PostgreSQL.
-//! - `pb::User` is the user. There is no other.
+//! # Invariants
 //!
-//! # What is absent on purpose
+//! - A change, of one user or of a thousand, is one statement: request id, rows of users and
+//!   change log are written together or not at all. Nothing is read first and written later.
+//! - An acknowledged change is committed. A response to a change whose outcome is unknown says so.
+//! - A statement whose caller has left is cancelled, and its connection is closed.
+//! - Invalid input is rejected, never corrected. Errors do not echo it.
+//! - Personal data is in the tables `users` and `username_holds` and nowhere else: not in the
+//!   change log, not beside request ids or chunks of imports, not in any log line.
+//! - A stream goes at its client's pace: its memory is bounded, and no pooled connection waits
+//!   for a client.
+//! - Every change between two positions in the change log is delivered to a watcher. A position
+//!   is a set of transactions, not a number. A watcher that keeps up has no task and no
+//!   connection to PostgreSQL.
+//! - `pb::User` is the user. There is no other type for it.
 //!
-//! A repository layer, traits with one implementation, mocks, DTOs, `utils`,
-//! `OFFSET`, `COUNT(*)`, `LISTEN`/`NOTIFY` on the way of a write, calls that wait for
-//! a timer.
+//! # Absent on purpose
+//!
+//! A repository layer, traits with one implementation, mocks, DTOs, `utils`, `OFFSET`,
+//! `COUNT(*)`, `LISTEN`/`NOTIFY` on the path of a write, requests that wait for a timer. The
+//! reasons are in `docs/decisions/`.
 
 pub mod api;
 pub mod app;

@@ -224,10 +224,22 @@ async fn run_batches(database: &Database) -> Result<[f64; 2]> {
             let (names, emails) = (texts(|n| format!("user{n}")), texts(|n| format!("user{n}@example.com")));
             let display_names = texts(|n| format!("User {n}"));
             let [fingerprints, salts] = [32, 16].map(|length| vec![vec![0x5a_u8; length]; BATCH]);
-            let identity: [&(dyn ToSql + Sync); 3] = [&request_ids, &fingerprints, &ids];
-            let columns: [&(dyn ToSql + Sync); 6] =
-                [&names, &names, &emails, &emails, &display_names, &salts];
-            let parameters = [&identity[..], &columns].concat();
+            let no = vec![false; BATCH];
+            let parameters: [&(dyn ToSql + Sync); 13] = [
+                &false,
+                &None::<&str>,
+                &request_ids,
+                &fingerprints,
+                &vec![0_i16; BATCH],
+                &ids,
+                &no,
+                &names,
+                &names,
+                &emails,
+                &emails,
+                &display_names,
+                &salts,
+            ];
             let start = Instant::now();
             client.query(statement, &parameters).await?;
             *elapsed += start.elapsed();

@@ -86,10 +86,10 @@ fn script_of(work: Work, users: u64) -> Result<String> {
     let [username, email] = ["('user' || :name::text)", "('user' || :name::text || '@example.com')"];
     let [display_name, unchanged] = ["('User ' || :name::text)", "null::text"];
     let (variables, sql, parameters) = match work {
-        Work::GetById => (vec![existing_id], statements::get_by_id()?, vec![id.as_str()]),
+        Work::GetById => (vec![existing_id], statements::GET_BY_ID, vec![id.as_str()]),
         Work::Create => (
             vec![new_id, name, request],
-            statements::create()?,
+            statements::CREATE,
             vec![&request_id, &fingerprint, &id, username, username, email, email, display_name, &salt],
         ),
         Work::Update => {
@@ -97,7 +97,7 @@ fn script_of(work: Work, users: u64) -> Result<String> {
             let start: [&str; 4] = [&request_id, &fingerprint, &id, "0"];
             (
                 vec![existing_id, name, request],
-                statements::update()?,
+                statements::UPDATE,
                 [&start[..], &kept, &[display_name]].concat(),
             )
         }

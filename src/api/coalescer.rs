@@ -17,6 +17,7 @@
 use std::{
     collections::{HashSet, VecDeque},
     future::Future,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -33,6 +34,10 @@ use crate::store::users::{Locking, Outcome};
 /// Statements that may wait for locks at the same time, for each operation. A locked row can
 /// keep no more of the pool's connections busy.
 const MAX_CONTENDED: usize = 2;
+
+/// How long a statement of one request keeps its slot. On a connection that has gone silent it
+/// would keep it until its deadline.
+const SLOT_HOLD_MAX: Duration = Duration::from_millis(100);
 
 /// An operation whose requests can share a statement.
 pub trait Operation: Send + Sync + 'static {
@@ -144,9 +149,8 @@ impl<O: Operation> Coalescer<O> {
 
     async fn run_one(&self, request: O::Request, slot: Slot<O>) -> Result<O::Response, Error> {
         let requests = [request];
-        let outcome = first(self.operation.run_batch(&requests, Locking::Skip).await);
-        drop(slot);
-        match outcome {
+        let outcomes = self.hold_slot(slot, self.operation.run_batch(&requests, Locking::Skip)).await;
+        match first(outcomes) {
             Ok(Outcome::Done(response)) => Ok(response),
             Ok(Outcome::Rejected(error)) => Err(error),
             Ok(Outcome::Locked) | Err(Error::LockTimeout) => {
@@ -155,6 +159,16 @@ impl<O: Operation> Coalescer<O> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Runs a statement with a slot, and without it once it has taken long.
+    async fn hold_slot<T>(&self, slot: Slot<O>, statement: impl Future<Output = T>) -> T {
+        let mut statement = pin!(statement);
+        if let Ok(done) = time::timeout(SLOT_HOLD_MAX, statement.as_mut()).await {
+            return done;
+        }
+        drop(slot);
+        statement.await
     }
 
     async fn run_contended(&self, request: O::Request) -> Result<O::Response, Error> {
@@ -454,6 +468,20 @@ mod tests {
         assert_eq!(responses.first(), Some(&Ok(0)));
         assert!(responses[1..9].iter().all(|response| *response == Err(Error::Internal)));
         assert_eq!(responses[9..], [Ok(6), Ok(8)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_statement_of_one_request_releases_its_slot() {
+        let coalescer = coalescer(8, None);
+        let slow = tokio::spawn({
+            let coalescer = Arc::clone(&coalescer);
+            async move { coalescer.run(0).await }
+        });
+        tokio::task::yield_now().await;
+        time::sleep(SLOT_HOLD_MAX * 2).await;
+        assert_eq!(coalescer.queue().slots_taken, 0);
+        coalescer.operation.go.add_permits(1);
+        assert_eq!(slow.await.unwrap(), Ok(0));
     }
 
     #[tokio::test]

@@ -7,9 +7,10 @@ use std::{
 
 use crate::api::coalescer::{BatchPolicy, Operation};
 use crate::error::{Access, Error};
+use crate::model::fields::RequestId;
 use crate::model::names::Username;
 use crate::model::request::{Create, Delete, Update};
-use crate::model::user::{RequestId, UserKey};
+use crate::model::user::UserKey;
 use crate::pb;
 use crate::store::lookup;
 use crate::store::pool::Db;

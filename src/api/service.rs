@@ -14,8 +14,7 @@ use crate::feed::reader::Feed;
 use crate::feed::watcher::Watcher;
 use crate::model::batch::{Batch, Lookup};
 use crate::model::names::Username;
-use crate::model::page::Page;
-use crate::model::request::{Create, Delete, Expunge, Undelete, Update};
+use crate::model::request::{Create, Delete, Expunge, List, Undelete, Update};
 use crate::model::stream::{Chunk, Export, Watch};
 use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
 use crate::pb;
@@ -145,8 +144,8 @@ impl pb::user_service_server::UserService for UserService {
     }
 
     async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> RpcResult<pb::ListUsersResponse> {
-        let page = Page::parse(request.get_ref())?;
-        Ok(Response::new(list::list(&self.db, &page).await?))
+        let request = List::parse(request.get_ref())?;
+        Ok(Response::new(list::list(&self.db, &request).await?))
     }
 
     async fn lookup_users(

@@ -4,7 +4,7 @@
 //! which is `serve`. The other commands do not read them, so an invalid setting of a server
 //! does not stop a client on the same machine.
 
-use std::{env, ffi::OsString, net::SocketAddr};
+use std::{env, ffi::OsString};
 
 use clap::{
     ArgMatches, Args, CommandFactory, FromArgMatches, Id, Parser, Subcommand,
@@ -14,7 +14,7 @@ use clap::{
 };
 
 use super::{check::Check, export::Export, import::Import, watch::Watch};
-use crate::config::{Config, DEFAULT_LISTEN_ADDR};
+use crate::config::Config;
 
 /// The settings that `migrate` uses.
 const MIGRATE_SETTINGS: &[&str] = &["database_url", "data_dir", "rust_log", "log_format"];
@@ -46,39 +46,6 @@ pub enum Command {
     Export(Export),
     /// Print every change of a user as a line of JSON, until interrupted.
     Watch(Watch),
-}
-
-/// The service that a client command connects to.
-#[derive(Debug, Args)]
-pub struct ServiceAddr {
-    /// The address of the service, as HOST:PORT [default: this machine, at the port of
-    /// LISTEN_ADDR, which is 50051 if unset].
-    #[arg(
-        long,
-        value_name = "HOST:PORT",
-        env = "LISTEN_ADDR",
-        hide_env = true,
-        default_value = DEFAULT_LISTEN_ADDR,
-        hide_default_value = true,
-        value_parser = parse_service_addr
-    )]
-    pub addr: String,
-}
-
-/// An address to connect to. The unspecified address, on which a service can listen, becomes
-/// the loopback address of the same family.
-fn parse_service_addr(text: &str) -> Result<String, &'static str> {
-    if let Ok(addr) = text.parse::<SocketAddr>() {
-        return Ok(match addr {
-            SocketAddr::V4(addr) if addr.ip().is_unspecified() => format!("127.0.0.1:{}", addr.port()),
-            SocketAddr::V6(addr) if addr.ip().is_unspecified() => format!("[::1]:{}", addr.port()),
-            addr => addr.to_string(),
-        });
-    }
-    let is_valid = text
-        .split_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok());
-    if is_valid { Ok(text.to_owned()) } else { Err("must be HOST:PORT (from --addr, else LISTEN_ADDR)") }
 }
 
 impl Command {

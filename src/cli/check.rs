@@ -9,7 +9,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use super::{args::ServiceAddr, explain};
+use super::{explain, service_addr::ServiceAddr};
 
 /// Limit of the connection and, separately, of the response.
 const TIMEOUT: Duration = Duration::from_secs(5);

@@ -11,11 +11,10 @@ use tokio::task;
 use tonic::transport::Channel;
 
 use super::{
-    Filter,
-    args::ServiceAddr,
-    connect, explain,
+    Filter, connect, explain,
     files::{Format, Writer},
     is_standard, print_status, progress_bar,
+    service_addr::ServiceAddr,
 };
 use crate::pb::{self, user_service_client::UserServiceClient};
 

@@ -21,10 +21,11 @@ use tonic::{Status, transport::Channel};
 use uuid::Uuid;
 
 use super::{
-    args::ServiceAddr,
     connect, explain,
     files::{self, Format, Lines},
-    is_retryable, is_standard, print_status, progress_bar, with_suffix,
+    is_retryable, is_standard, print_status, progress_bar,
+    service_addr::ServiceAddr,
+    with_suffix,
 };
 use crate::model::stream::CHUNK_SIZE_MAX;
 use crate::pb::{self, ImportMode, user_service_client::UserServiceClient};
@@ -303,8 +304,9 @@ impl Run {
             let line = usize::try_from(failure.position).ok().and_then(|position| chunk.lines.get(position));
             let line = line.context("the service rejected a line that was not sent")?;
             let violations = failure.violations.iter();
-            let violations: Vec<_> =
-                violations.map(|v| (v.field.as_str(), v.reason().as_str_name(), v.description.as_str())).collect();
+            let violations: Vec<_> = violations
+                .map(|v| (v.field.as_str(), v.reason().as_str_name(), v.description.as_str()))
+                .collect();
             self.reject(*line, &violations)?;
         }
         Ok(())

@@ -25,6 +25,7 @@ pub mod check;
 pub mod export;
 pub mod files;
 pub mod import;
+pub mod service_addr;
 pub mod watch;
 
 /// Limit of a connection attempt.
@@ -152,7 +153,8 @@ mod tests {
         ] {
             let status = match reason {
                 Some(reason) => {
-                    let details = ErrorDetails::with_error_info(reason, "user-service.users.v1", HashMap::new());
+                    let details =
+                        ErrorDetails::with_error_info(reason, "user-service.users.v1", HashMap::new());
                     Status::with_error_details(code, "", details)
                 }
                 None => Status::new(code, ""),

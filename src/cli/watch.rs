@@ -21,7 +21,7 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use super::{Filter, args::ServiceAddr, connect, explain, is_retryable, with_suffix};
+use super::{Filter, connect, explain, is_retryable, service_addr::ServiceAddr, with_suffix};
 use crate::config::Config;
 use crate::pb;
 use crate::telemetry::describe;

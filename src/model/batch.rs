@@ -6,8 +6,9 @@ use uuid::Uuid;
 
 use crate::error::{Element, Error};
 use crate::model::fields::Fields;
+use crate::model::fields::RequestId;
 use crate::model::request::take_request_id;
-use crate::model::user::{NewUser, Removal, RequestId, UserKey, UserPatch};
+use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 
@@ -62,7 +63,7 @@ impl Batch<NewUser> {
         let (request_id, validate_only) = take_request_id!(fields, "BatchCreateUsers", request);
         let items = fields.each("items", request.items, |fields, item| {
             let user = fields.user(item.user)?;
-            fields.new_user(user)
+            NewUser::parse(fields, user)
         });
         let items = items.into_iter().collect::<Option<_>>();
         let (items, request_id) = fields.finish(items.zip(request_id))?;
@@ -77,7 +78,7 @@ impl Batch<UserPatch> {
         fields.view(mem::take(&mut request.view));
         let (request_id, validate_only) = take_request_id!(fields, "BatchUpdateUsers", request);
         let items = fields.each("items", request.items, |fields, item| {
-            fields.patch(item.user, item.update_mask, item.release_username)
+            UserPatch::parse(fields, item.user, item.update_mask, item.release_username)
         });
         reject_repeated(
             &mut fields,

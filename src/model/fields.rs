@@ -1,50 +1,36 @@
 //! Parses requests field by field and collects every violation.
 
-use std::{
-    collections::HashSet,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use prost::Message;
-use prost_types::{FieldMask, Timestamp};
+use prost_types::Timestamp;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::error::{Element, Error, Violation};
 use crate::model::names::{self, Email, KeyRange, Username};
 use crate::model::page::{Key, Order, Position, Selection};
-use crate::model::user::{NewUser, RequestId, UserPatch};
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 
 /// The largest number of elements of a list in a request.
 const BATCH_SIZE_MAX: usize = 1000;
 
-/// The fields of an update that a mask selects.
-enum Mask {
-    /// Those that have a value.
-    Populated,
-    /// All.
-    All,
-    /// The named ones.
-    Paths(Vec<String>),
-}
-
-impl Mask {
-    fn selects(&self, path: &str, value: &str) -> bool {
-        match self {
-            Self::Populated => !value.is_empty(),
-            Self::All => true,
-            Self::Paths(paths) => paths.iter().any(|p| p == path),
-        }
-    }
+/// What makes a retry safe: the caller's id for the change, and a fingerprint of the change.
+/// Without an id, nothing is recorded.
+#[derive(Debug, Clone)]
+pub struct RequestId {
+    /// The caller's id.
+    pub id: Option<Uuid>,
+    /// SHA-256 of the rpc, the id and the rest of the request.
+    pub fingerprint: Vec<u8>,
 }
 
 /// Parses field by field and collects what is rejected. Each function returns
 /// `None` when it has rejected something.
 #[derive(Default)]
 pub(super) struct Fields {
-    /// The element of a list whose fields they are.
+    /// The element of a list that is being parsed.
     pub(super) element: Option<Element>,
     violations: Vec<Violation>,
 }
@@ -60,7 +46,7 @@ impl Fields {
         }
     }
 
-    /// Parses each element of a list; what is rejected in it is named by its place.
+    /// Parses each element of a list; violations name its position.
     pub(super) fn each<I, T>(
         &mut self,
         list: &'static str,
@@ -83,6 +69,11 @@ impl Fields {
         parsed
     }
 
+    /// Whether nothing was rejected so far.
+    pub(super) fn is_valid(&self) -> bool {
+        self.violations.is_empty()
+    }
+
     pub(super) fn reject<T>(&mut self, field: &str, reason: Reason, what: impl Into<String>) -> Option<T> {
         let (field, description) = (field.to_owned(), what.into());
         self.violations.push(Violation { element: self.element, field, reason, description });
@@ -99,8 +90,7 @@ impl Fields {
     pub(super) fn id(&mut self, field: &str, text: &str) -> Option<Uuid> {
         let text = self.required(field, text)?;
         match Uuid::try_parse(text) {
-            // The parser knows other forms too; the nil UUID is a variable that
-            // somebody forgot to set.
+            // The parser accepts other forms too. The nil UUID is a variable that was not set.
             Ok(id) if text.len() == 36 && !id.is_nil() => Some(id),
             _ => {
                 self.reject(field, Reason::FieldInvalid, "must be a UUID, in its hyphenated form and not nil")
@@ -121,72 +111,6 @@ impl Fields {
         user.or_else(|| self.reject("user", Reason::FieldRequired, "is required"))
     }
 
-    pub(super) fn new_user(&mut self, user: pb::User) -> Option<NewUser> {
-        let id = match user.id.as_str() {
-            "" => Some(Uuid::now_v7()),
-            id => self.id("user.id", id),
-        };
-        let username = self.username("user.username", &user.username);
-        let email = self.email("user.email", &user.email);
-        let display_name = self.display_name("user.display_name", user.display_name);
-        Some(NewUser {
-            id: id?,
-            has_given_id: !user.id.is_empty(),
-            username: username?,
-            email: email?,
-            display_name: display_name?,
-            fingerprint_salt: rand::random(),
-        })
-    }
-
-    /// What is refused has a value here all the same: it does not get past
-    /// [`Fields::finish`].
-    pub(super) fn patch(
-        &mut self,
-        user: Option<pb::User>,
-        mask: Option<FieldMask>,
-        release_username: bool,
-    ) -> UserPatch {
-        let mask = self.update_mask(mask);
-        let user = self.user(user).unwrap_or_default();
-        let expected_revision = self.revision("user.revision", user.revision);
-        let mut patch = UserPatch {
-            id: self.id("user.id", &user.id).unwrap_or_default(),
-            expected_revision: expected_revision.unwrap_or_default(),
-            username: None,
-            email: None,
-            display_name: None,
-            release_username,
-        };
-        if mask.selects("username", &user.username) {
-            patch.username = self.username("user.username", &user.username);
-        }
-        if mask.selects("email", &user.email) {
-            patch.email = self.email("user.email", &user.email);
-        }
-        if mask.selects("display_name", &user.display_name) {
-            patch.display_name = self.display_name("user.display_name", user.display_name);
-        }
-        patch
-    }
-
-    /// Whether neither its id nor its username came earlier in the same chunk.
-    pub(super) fn is_first(
-        &mut self,
-        user: &NewUser,
-        ids: &mut HashSet<Uuid>,
-        usernames: &mut HashSet<String>,
-    ) -> bool {
-        if !ids.insert(user.id) {
-            self.reject::<()>("user.id", Reason::UserIdTaken, "another user of this chunk has this id");
-        }
-        if !usernames.insert(user.username.canonical().to_owned()) {
-            let what = "another user of this chunk has this username";
-            self.reject::<()>("user.username", Reason::UsernameTaken, what);
-        }
-        self.violations.is_empty()
-    }
-
     pub(super) fn username(&mut self, field: &str, text: &str) -> Option<Username> {
         Username::parse(self.required(field, text)?)
             .map_or_else(|what| self.reject(field, Reason::UsernameInvalid, what), Some)
@@ -197,7 +121,7 @@ impl Fields {
             .map_or_else(|what| self.reject(field, Reason::EmailInvalid, what), Some)
     }
 
-    fn display_name(&mut self, field: &str, text: String) -> Option<String> {
+    pub(super) fn display_name(&mut self, field: &str, text: String) -> Option<String> {
         match names::check_display_name(&text) {
             Ok(()) => Some(text),
             Err(what) => self.reject(field, Reason::FieldInvalid, what),
@@ -209,36 +133,6 @@ impl Fields {
             return self.reject(field, Reason::FieldInvalid, "must not be negative");
         }
         Some(revision)
-    }
-
-    fn update_mask(&mut self, mask: Option<FieldMask>) -> Mask {
-        let paths = mask.unwrap_or_default().paths;
-        match paths.as_slice() {
-            [] => return Mask::Populated,
-            [star] if star == "*" => return Mask::All,
-            _ => {}
-        }
-        let is_known = |path: &str| {
-            matches!(
-                path,
-                "id" | "username"
-                    | "email"
-                    | "display_name"
-                    | "create_time"
-                    | "update_time"
-                    | "delete_time"
-                    | "purge_time"
-                    | "revision"
-            )
-        };
-        if !paths.iter().all(|path| is_known(path)) {
-            self.reject::<()>(
-                "update_mask",
-                Reason::UpdateMaskInvalid,
-                "may have fields of User, or `*` alone",
-            );
-        }
-        Mask::Paths(paths)
     }
 
     /// Every view has all fields that there are today; a later version adds some to FULL only.
@@ -283,15 +177,15 @@ impl Fields {
             let range = prefix.unwrap_or_else(|| Some(KeyRange::all()))?;
             (Key::Username(range.from), Key::Username(range.to))
         } else {
-            // Columns have microseconds. Later than 1.5 µs is later than 1 µs,
-            // earlier than 1.5 µs is earlier than 2 µs.
+            // Columns have microseconds. Later than 1.5 µs is later than 1 µs, earlier than 1.5 µs
+            // is earlier than 2 µs.
             let after = after.unwrap_or(Some(MIN_TIME)).map(|t| to_system_time(t.seconds, t.nanos / 1000));
             let before =
                 before.unwrap_or(Some(MAX_TIME)).map(|t| to_system_time(t.seconds, (t.nanos + 999) / 1000));
             (Key::Time(after?), Key::Time(before?))
         };
-        // Positions are exclusive: behind every user with the time `from`, but in
-        // front of the first one with the username `from`.
+        // Positions are exclusive: behind every user with the time `from`, but before the first
+        // one with the username `from`.
         let first_id = if by_username { Uuid::nil() } else { Uuid::max() };
         Some(Selection {
             order,
@@ -309,6 +203,12 @@ impl Fields {
         }
         Some(time)
     }
+}
+
+/// Whether a filter selects all users, or all live ones.
+pub(super) fn is_unfiltered(filter: &pb::UserFilter) -> bool {
+    let include_deleted = filter.include_deleted;
+    *filter == (pb::UserFilter { include_deleted, ..Default::default() })
 }
 
 /// 0001-01-01T00:00:00Z, the first that a protobuf timestamp may be.

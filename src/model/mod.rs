@@ -1,7 +1,7 @@
 //! Pure: protobuf messages become types that are always valid. No I/O, no SQL.
 
 pub mod batch;
-mod fields;
+pub mod fields;
 pub mod names;
 pub mod page;
 pub mod position;

@@ -1,8 +1,8 @@
-//! What usernames, e-mail addresses and display names may look like, and the
-//! keys by which they are compared.
+//! The rules of usernames, e-mail addresses and display names, and the keys by which they are
+//! compared.
 //!
-//! Each is kept as it was typed. What does not fit is refused and never
-//! repaired: stripping and replacing makes two different inputs meet.
+//! Each is stored as entered. Invalid input is rejected, never corrected: stripping and
+//! replacing would make two different inputs equal.
 
 use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
 use precis_profiles::{
@@ -14,15 +14,15 @@ use unicode_properties::{GeneralCategory, GeneralCategoryGroup, UnicodeGeneralCa
 use unicode_security::MixedScript;
 use uuid::Uuid;
 
-/// Code points of a username, at least.
+/// The smallest number of code points of a username.
 pub const USERNAME_MIN_LEN: usize = 3;
-/// Code points of a username, at most.
+/// The largest number of code points of a username.
 pub const USERNAME_MAX_LEN: usize = 64;
-/// Octets of an e-mail address, at most (RFC 5321 with erratum 1690).
-pub const EMAIL_MAX_OCTETS: usize = 254;
-/// Octets before the `@`, at most (RFC 5321).
-pub const EMAIL_LOCAL_MAX_OCTETS: usize = 64;
-/// Code points of a display name, at most.
+/// The largest number of bytes of an e-mail address (RFC 5321 with erratum 1690).
+pub const EMAIL_MAX_BYTES: usize = 254;
+/// The largest number of bytes before the `@` (RFC 5321).
+pub const EMAIL_LOCAL_MAX_BYTES: usize = 64;
+/// The largest number of code points of a display name.
 pub const DISPLAY_NAME_MAX_LEN: usize = 100;
 
 /// The version of the rules that make keys of usernames and e-mail addresses: these functions
@@ -30,28 +30,28 @@ pub const DISPLAY_NAME_MAX_LEN: usize = 100;
 /// keys, so that an upgrade can find the rows to make anew. A test fails when a table changes.
 pub const NORM_VERSION: i16 = 1;
 
-/// A username that may be taken, with the key that makes it unique.
+/// A valid username, with the key that makes it unique.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Username {
-    typed: String,
+    entered: String,
     key: String,
 }
 
 impl Username {
     /// Checks a username and makes its key; the error says what is wrong.
-    pub fn parse(typed: &str) -> Result<Self, String> {
-        let len = typed.chars().take(USERNAME_MAX_LEN + 1).count();
+    pub fn parse(entered: &str) -> Result<Self, String> {
+        let len = entered.chars().take(USERNAME_MAX_LEN + 1).count();
         if !(USERNAME_MIN_LEN..=USERNAME_MAX_LEN).contains(&len) {
             return Err(format!("must have {USERNAME_MIN_LEN} to {USERNAME_MAX_LEN} code points"));
         }
-        let key = if typed.is_ascii() { typed.to_ascii_lowercase() } else { unicode_key(typed)? };
+        let key = if entered.is_ascii() { entered.to_ascii_lowercase() } else { unicode_key(entered)? };
         check_username_key(&key)?;
-        Ok(Self { typed: typed.to_owned(), key })
+        Ok(Self { entered: entered.to_owned(), key })
     }
 
-    /// The username as it was typed.
+    /// The username as the caller entered it.
     pub fn as_entered(&self) -> &str {
-        &self.typed
+        &self.entered
     }
 
     /// Its canonical form: RFC 8265, UsernameCaseMapped.
@@ -60,25 +60,25 @@ impl Username {
     }
 }
 
-/// RFC 8265, UsernameCaseMapped, for what is not ASCII. The profile is not
-/// idempotent for every input; a key that would map to yet another key is
-/// refused, or a user could not be found by the name that the service returns.
-fn unicode_key(typed: &str) -> Result<String, String> {
-    const REFUSED: &str = "has characters that usernames may not have (RFC 8265)";
-    let key = UsernameCaseMapped::enforce(typed).map_err(|_| REFUSED)?;
+/// RFC 8265, UsernameCaseMapped, for names that are not ASCII. The profile is not idempotent for
+/// every input. A key that would map to yet another key is rejected, because a user could not be
+/// found by the name that the service returns.
+fn unicode_key(entered: &str) -> Result<String, String> {
+    const REJECTED: &str = "has characters that usernames may not have (RFC 8265)";
+    let key = UsernameCaseMapped::enforce(entered).map_err(|_| REJECTED)?;
     match UsernameCaseMapped::enforce(key.as_ref()) {
         Ok(again) if again == key => Ok(key.into_owned()),
-        _ => Err(REFUSED.into()),
+        _ => Err(REJECTED.into()),
     }
 }
 
-/// Inside of a username only.
+/// Allowed inside a username only.
 const INNER: [char; 3] = ['.', '_', '-'];
 
 fn check_username_key(key: &str) -> Result<(), String> {
     let mut has_letter = false;
     for c in key.chars() {
-        // ASCII first: the tables of Unicode are large.
+        // ASCII first, because the Unicode tables are large.
         match c {
             'a'..='z' => has_letter = true,
             '0'..='9' => {}
@@ -106,19 +106,17 @@ fn check_username_key(key: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// The key space's part that a prefix of usernames selects: from, and up to but
-/// not including.
+/// The range of keys that a prefix of usernames selects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyRange {
-    /// The first key that can be meant.
+    /// The first key of the range.
     pub from: String,
-    /// The first key behind them.
+    /// The first key behind the range.
     pub to: String,
 }
 
 impl KeyRange {
-    /// All keys: no text is as large as the largest code point, which no
-    /// username may have.
+    /// All keys. No username may have the largest code point.
     pub fn all() -> Self {
         Self { from: String::new(), to: char::MAX.to_string() }
     }
@@ -152,7 +150,7 @@ impl KeyRange {
 /// An e-mail address, with the key by which it is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Email {
-    typed: String,
+    entered: String,
     key: String,
 }
 
@@ -161,15 +159,15 @@ impl Email {
     ///
     /// The local part is a dot-atom of RFC 5322, with the letters of RFC 6531;
     /// the domain is a host name by IDNA (UTS #46).
-    pub fn parse(typed: &str) -> Result<Self, String> {
-        if typed.len() > EMAIL_MAX_OCTETS {
-            return Err(format!("must have at most {EMAIL_MAX_OCTETS} octets"));
+    pub fn parse(entered: &str) -> Result<Self, String> {
+        if entered.len() > EMAIL_MAX_BYTES {
+            return Err(format!("must have at most {EMAIL_MAX_BYTES} bytes"));
         }
-        let Some((local, domain)) = typed.rsplit_once('@') else {
+        let Some((local, domain)) = entered.rsplit_once('@') else {
             return Err("must have the form local@domain".into());
         };
-        if local.len() > EMAIL_LOCAL_MAX_OCTETS {
-            return Err(format!("must have at most {EMAIL_LOCAL_MAX_OCTETS} octets before the @"));
+        if local.len() > EMAIL_LOCAL_MAX_BYTES {
+            return Err(format!("must have at most {EMAIL_LOCAL_MAX_BYTES} bytes before the @"));
         }
         if !local.split('.').all(is_atom) {
             return Err("is not an address: what stands before the @ is not allowed".into());
@@ -182,12 +180,12 @@ impl Email {
         } else {
             format!("{}@{domain}", local.to_lowercase().nfc())
         };
-        Ok(Self { typed: typed.to_owned(), key })
+        Ok(Self { entered: entered.to_owned(), key })
     }
 
-    /// The address as it was typed.
+    /// The address as the caller entered it.
     pub fn as_entered(&self) -> &str {
-        &self.typed
+        &self.entered
     }
 
     /// The local part in lower case, `@`, and the domain as IDNA has it.
@@ -196,8 +194,7 @@ impl Email {
     }
 }
 
-/// RFC 5322 `atext`, and what RFC 6531 adds to it as far as it is letters, marks
-/// and numbers.
+/// RFC 5322 `atext`, and the letters, marks and numbers that RFC 6531 adds to it.
 fn is_atom(text: &str) -> bool {
     let is_atext = |c: char| {
         c.is_ascii_alphanumeric()
@@ -211,10 +208,9 @@ fn is_atom(text: &str) -> bool {
     !text.is_empty() && text.chars().all(is_atext)
 }
 
-/// Checks a display name: any printable text. What Unicode counts as "other" is
-/// not: control and format characters, among them those that reorder the text
-/// around them, private use and unassigned code points. Joiners stay, as scripts
-/// and emoji need them.
+/// Checks a display name: any printable text. Characters of the category "other" are rejected:
+/// control and format characters, some of which reorder the text around them, private use and
+/// unassigned code points. Joiners are allowed, because scripts and emoji need them.
 pub fn check_display_name(text: &str) -> Result<(), String> {
     if text.chars().nth(DISPLAY_NAME_MAX_LEN).is_some() {
         return Err(format!("must have at most {DISPLAY_NAME_MAX_LEN} code points"));
@@ -242,8 +238,8 @@ mod tests {
     }
 
     #[test]
-    fn usernames_have_the_keys_of_rfc_8265_or_are_refused() {
-        let taken = [
+    fn usernames_have_the_keys_of_rfc_8265_or_are_rejected() {
+        let valid = [
             ("abc", "abc"),
             ("ABC", "abc"),
             ("a.b_c-d", "a.b_c-d"),
@@ -262,10 +258,10 @@ mod tests {
             ("\u{930}\u{93e}\u{91c}\u{942}", "\u{930}\u{93e}\u{91c}\u{942}"),
             ("stra\u{df}e", "stra\u{df}e"),
         ];
-        for (typed, expected) in taken {
+        for (typed, expected) in valid {
             assert_eq!(key(typed).as_deref(), Some(expected), "{typed}");
         }
-        let refused = [
+        let invalid = [
             "",
             "ab",
             "a b",
@@ -293,7 +289,7 @@ mod tests {
             "6f0f7a1e-1111-4222-8333-944444444444",
             "6F0F7A1E111142228333944444444444",
         ];
-        for typed in refused {
+        for typed in invalid {
             assert_eq!(key(typed), None, "{typed:?}");
         }
         assert!(key(&"x".repeat(64)).is_some() && key(&"x".repeat(65)).is_none());
@@ -301,18 +297,18 @@ mod tests {
     }
 
     #[test]
-    fn emails_have_keys_or_are_refused() {
-        let taken = [
+    fn emails_have_keys_or_are_rejected() {
+        let valid = [
             ("a@b", "a@b"),
             ("Al.Ice+tag@Example.COM", "al.ice+tag@example.com"),
             ("o'neil@example.com", "o'neil@example.com"),
             ("J\u{dc}RGEN@b\u{fc}cher.example", "j\u{fc}rgen@xn--bcher-kva.example"),
             ("ju\u{308}rgen@xn--bcher-kva.example", "j\u{fc}rgen@xn--bcher-kva.example"),
         ];
-        for (typed, expected) in taken {
+        for (typed, expected) in valid {
             assert_eq!(Email::parse(typed).unwrap().canonical(), expected);
         }
-        let refused = [
+        let invalid = [
             "",
             "a",
             "@",
@@ -335,7 +331,7 @@ mod tests {
             "a@b\u{202e}c",
             "\u{202e}a@b",
         ];
-        for typed in refused {
+        for typed in invalid {
             assert!(Email::parse(typed).is_err(), "{typed:?}");
         }
         let long = |local: usize, domain: usize| {
@@ -379,6 +375,16 @@ mod tests {
         ] {
             assert!(check_display_name(text).is_err(), "{text:?}");
         }
+    }
+
+    /// Keys change with the Unicode tables of these crates. Before a new version of them is
+    /// accepted here, raise [`NORM_VERSION`] and write the migration that re-keys older rows.
+    #[test]
+    fn version_of_the_rules_stands_for_these_unicode_tables() {
+        assert_eq!(NORM_VERSION, 1);
+        assert_eq!(unicode_normalization::UNICODE_VERSION, (17, 0, 0));
+        assert_eq!(unicode_properties::UNICODE_VERSION, (17, 0, 0));
+        assert_eq!(unicode_security::UNICODE_VERSION, (17, 0, 0));
     }
 
     proptest! {

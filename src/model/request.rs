@@ -6,10 +6,11 @@ use std::mem;
 use uuid::Uuid;
 
 use crate::error::Error;
-use crate::model::fields::Fields;
+use crate::model::fields::RequestId;
+use crate::model::fields::{Fields, is_unfiltered};
 use crate::model::names::Username;
 use crate::model::page::Page;
-use crate::model::user::{NewUser, Removal, RequestId, UserKey, UserPatch};
+use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 
@@ -96,7 +97,7 @@ impl Create {
     pub fn parse(mut request: pb::CreateUserRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
         let (request_id, validate_only) = take_request_id!(fields, "CreateUser", request);
-        let user = fields.user(request.user).and_then(|user| fields.new_user(user));
+        let user = fields.user(request.user).and_then(|user| NewUser::parse(&mut fields, user));
         let (request_id, user) = fields.finish(request_id.zip(user))?;
         Ok(Self { user, request_id, validate_only })
     }
@@ -127,10 +128,11 @@ impl Update {
         let (request_id, validate_only) = take_request_id!(fields, "UpdateUser", request);
         let or_create = request.allow_missing.then(|| {
             let mut fields = Fields::default();
-            let user = fields.new_user(request.user.clone().unwrap_or_default());
+            let user = NewUser::parse(&mut fields, request.user.clone().unwrap_or_default());
             fields.finish(user)
         });
-        let patch = fields.patch(request.user, request.update_mask, request.release_username);
+        let patch =
+            UserPatch::parse(&mut fields, request.user, request.update_mask, request.release_username);
         let request_id = fields.finish(request_id)?;
         Ok(Self { patch, or_create, request_id, validate_only })
     }
@@ -184,8 +186,17 @@ const PAGE_SIZE_DEFAULT: usize = 50;
 /// The largest number of users on a page.
 const PAGE_SIZE_MAX: usize = 1000;
 
-impl Page {
-    /// Parses a [`pb::ListUsersRequest`].
+/// [`pb::ListUsersRequest`].
+#[derive(Debug)]
+pub struct List {
+    /// Which users.
+    pub page: Page,
+    /// The list has all users, or all live ones.
+    pub is_unfiltered: bool,
+}
+
+impl List {
+    /// Parses the request.
     pub fn parse(request: &pb::ListUsersRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
         let size = match usize::try_from(request.page_size) {
@@ -196,17 +207,16 @@ impl Page {
         let view = fields.view(request.view);
         let order = fields.order_by(request);
         let filter = request.filter.clone().unwrap_or_default();
+        let is_unfiltered = is_unfiltered(&filter);
         let selection = order.and_then(|order| fields.selection(order, filter));
         let ((size, selection), _) = fields.finish(size.zip(selection).zip(view))?;
         if request.page_token.is_empty() {
-            return Ok(selection.first_page(size));
+            return Ok(Self { page: selection.first_page(size), is_unfiltered });
         }
-        selection.page_after(&request.page_token, size).ok_or_else(|| {
-            Error::invalid(
-                "page_token",
-                Reason::PageTokenInvalid,
-                "is not a token of a list with this order and filter",
-            )
-        })
+        let page = selection.page_after(&request.page_token, size).ok_or_else(|| {
+            let what = "is not a token of a list with this order and filter";
+            Error::invalid("page_token", Reason::PageTokenInvalid, what)
+        })?;
+        Ok(Self { page, is_unfiltered })
     }
 }

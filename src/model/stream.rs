@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::error::{Error, Violation};
-use crate::model::fields::Fields;
+use crate::model::fields::{Fields, is_unfiltered};
 use crate::model::page::{Order, Page, Selection};
 use crate::model::position::{LogPosition, Token};
 use crate::model::user::NewUser;
@@ -42,9 +42,8 @@ impl Export {
     /// Parses the request.
     pub fn parse(request: pb::ExportUsersRequest) -> Result<Self, Error> {
         let filter = request.filter.unwrap_or_default();
-        let include_deleted = filter.include_deleted;
-        if filter == (pb::UserFilter { include_deleted, ..Default::default() }) {
-            return Ok(Self::All { include_deleted });
+        if is_unfiltered(&filter) {
+            return Ok(Self::All { include_deleted: filter.include_deleted });
         }
         Selection::parse(filter).map(Self::Filtered)
     }
@@ -112,15 +111,25 @@ impl Chunk {
         };
         for (position, user) in (0..).zip(request.users) {
             let mut fields = Fields::default();
-            let user = fields
-                .new_user(user)
-                .filter(|user| fields.is_first(user, &mut chunk.ids, &mut chunk.usernames));
+            let user = NewUser::parse(&mut fields, user).filter(|user| chunk.is_first(&mut fields, user));
             match fields.finish(user) {
                 Ok(user) => chunk.users.push(user),
                 Err(error) => chunk.rejected.push(failure(position, error)),
             }
         }
         Ok(chunk)
+    }
+
+    /// Whether no earlier user of the chunk has the same id or username.
+    fn is_first(&mut self, fields: &mut Fields, user: &NewUser) -> bool {
+        if !self.ids.insert(user.id) {
+            fields.reject::<()>("user.id", Reason::UserIdTaken, "another user of this chunk has this id");
+        }
+        if !self.usernames.insert(user.username.canonical().to_owned()) {
+            let what = "another user of this chunk has this username";
+            fields.reject::<()>("user.username", Reason::UsernameTaken, what);
+        }
+        fields.is_valid()
     }
 
     /// Whether both have the same number, or share an id or a username.

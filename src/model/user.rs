@@ -1,8 +1,12 @@
 //! A user in requests: to create, to change, to delete, to find.
 
+use prost_types::FieldMask;
 use uuid::Uuid;
 
+use crate::model::fields::Fields;
 use crate::model::names::{Email, Username};
+use crate::pb;
+use crate::pb::ErrorReason as Reason;
 
 /// A user to create.
 #[derive(Debug, Clone)]
@@ -21,14 +25,25 @@ pub struct NewUser {
     pub fingerprint_salt: [u8; 16],
 }
 
-/// What makes a retry safe: the caller's id for the change, and a fingerprint of the change.
-/// Without an id, nothing is recorded.
-#[derive(Debug, Clone)]
-pub struct RequestId {
-    /// The caller's id.
-    pub id: Option<Uuid>,
-    /// SHA-256 of the rpc, the id and the rest of the request.
-    pub fingerprint: Vec<u8>,
+impl NewUser {
+    /// Parses the user of a request.
+    pub(super) fn parse(fields: &mut Fields, user: pb::User) -> Option<Self> {
+        let id = match user.id.as_str() {
+            "" => Some(Uuid::now_v7()),
+            id => fields.id("user.id", id),
+        };
+        let username = fields.username("user.username", &user.username);
+        let email = fields.email("user.email", &user.email);
+        let display_name = fields.display_name("user.display_name", user.display_name);
+        Some(Self {
+            id: id?,
+            has_given_id: !user.id.is_empty(),
+            username: username?,
+            email: email?,
+            display_name: display_name?,
+            fingerprint_salt: rand::random(),
+        })
+    }
 }
 
 /// What an update changes. `None` keeps the stored value.
@@ -46,6 +61,87 @@ pub struct UserPatch {
     pub display_name: Option<String>,
     /// Free the replaced usernames at once.
     pub release_username: bool,
+}
+
+impl UserPatch {
+    /// Parses the user and the mask of a request. A rejected field has a value here all the same,
+    /// which does not get past [`Fields::finish`].
+    pub(super) fn parse(
+        fields: &mut Fields,
+        user: Option<pb::User>,
+        mask: Option<FieldMask>,
+        release_username: bool,
+    ) -> Self {
+        let mask = Mask::parse(fields, mask);
+        let user = fields.user(user).unwrap_or_default();
+        let expected_revision = fields.revision("user.revision", user.revision);
+        let mut patch = Self {
+            id: fields.id("user.id", &user.id).unwrap_or_default(),
+            expected_revision: expected_revision.unwrap_or_default(),
+            username: None,
+            email: None,
+            display_name: None,
+            release_username,
+        };
+        if mask.selects("username", &user.username) {
+            patch.username = fields.username("user.username", &user.username);
+        }
+        if mask.selects("email", &user.email) {
+            patch.email = fields.email("user.email", &user.email);
+        }
+        if mask.selects("display_name", &user.display_name) {
+            patch.display_name = fields.display_name("user.display_name", user.display_name);
+        }
+        patch
+    }
+}
+
+/// The paths that a mask may have: the fields of [`pb::User`].
+const PATHS: [&str; 9] = [
+    "id",
+    "username",
+    "email",
+    "display_name",
+    "create_time",
+    "update_time",
+    "delete_time",
+    "purge_time",
+    "revision",
+];
+
+/// The paths that `*` stands for. The contract fixes them: a field of a later version is not
+/// among them, so that an old client never erases it.
+const STAR: [&str; 3] = ["username", "email", "display_name"];
+
+/// The fields of an update that a mask selects.
+enum Mask {
+    /// The fields of [`STAR`] that have a value.
+    Populated,
+    /// The named ones.
+    Paths(Vec<String>),
+}
+
+impl Mask {
+    fn parse(fields: &mut Fields, mask: Option<FieldMask>) -> Self {
+        let paths = mask.unwrap_or_default().paths;
+        match paths.as_slice() {
+            [] => return Self::Populated,
+            [star] if star == "*" => return Self::Paths(STAR.map(str::to_owned).into()),
+            _ => {}
+        }
+        if !paths.iter().all(|path| PATHS.contains(&path.as_str())) {
+            let what = "may have fields of User, or `*` alone";
+            fields.reject::<()>("update_mask", Reason::UpdateMaskInvalid, what);
+        }
+        Self::Paths(paths)
+    }
+
+    fn selects(&self, path: &str, value: &str) -> bool {
+        match self {
+            Self::Populated => STAR.contains(&path) && !value.is_empty(),
+            Self::Paths(paths) => paths.iter().any(|p| p == path),
+        }
+    }
 }
 
 /// A user to soft-delete.

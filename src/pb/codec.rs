@@ -1,9 +1,9 @@
-//! The codec of the messages: protobuf, unless a message has far more elements than
-//! any rpc takes. And a message that is encoded once for many.
+//! The codec of messages: protobuf with a limit on the number of elements, and messages that
+//! are encoded once for many streams.
 //!
-//! An element of two octets on the wire can be two hundred in memory, so the limit on
-//! the size of a message says little about what it takes to decode it. The limit on
-//! elements that an rpc states is looked at later, when they can be named.
+//! An element of two bytes on the wire can take two hundred in memory, so the limit on the size
+//! of a message does not bound the memory that decoding takes. The lower limit of each rpc is
+//! checked later, when the rejected elements can be named.
 
 use std::marker::PhantomData;
 
@@ -20,11 +20,11 @@ use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
 use crate::error::Error;
 
-/// Fields of a message, each element of a list counted: ten times as many as the
-/// largest list has that any rpc takes.
+/// The largest number of fields of a message, each element of a list counted: ten times as many
+/// as the largest list that an rpc takes.
 const MAX_FIELDS: usize = 10_000;
 
-/// See above. The generated code names it.
+/// Protobuf with bounded decoding. The generated code names it.
 #[derive(Debug)]
 pub struct BoundedCodec<T, U>(PhantomData<(T, U)>);
 
@@ -53,7 +53,7 @@ where
     }
 }
 
-/// Decodes messages that have not too many elements.
+/// Decodes messages that do not have too many elements.
 #[derive(Debug)]
 pub struct BoundedDecoder<U>(ProstDecoder<U>);
 
@@ -69,7 +69,7 @@ impl<U: Message + Default> Decoder for BoundedDecoder<U> {
     }
 }
 
-/// What is no protobuf has not too many: the decoder says better what it is.
+/// False for bytes that are not protobuf: the decoder reports them better.
 fn has_too_many_fields(mut message: &[u8]) -> bool {
     let mut skip = || {
         let (tag, wire_type) = decode_key(&mut message).ok()?;
@@ -78,7 +78,7 @@ fn has_too_many_fields(mut message: &[u8]) -> bool {
     (0..=MAX_FIELDS).all(|_| skip().is_some())
 }
 
-/// A message that has been encoded: a copy of it costs next to nothing.
+/// An encoded message; a clone shares its bytes.
 #[derive(Debug, Clone)]
 pub struct Encoded(Bytes);
 
@@ -103,7 +103,7 @@ impl Message for Encoded {
         self.0.len()
     }
 
-    /// Nobody decodes into it.
+    /// Never used: the service only sends it.
     fn merge_field(
         &mut self,
         tag: u32,

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use uuid::Uuid;
 
 use crate::error::{Access, Error};
-use crate::model::user::RequestId;
+use crate::model::fields::RequestId;
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 use crate::store::pool::Db;
@@ -71,6 +71,8 @@ pub(crate) struct Replay {
     pub(crate) users: Vec<Result<pb::User, Uuid>>,
     /// When it was made.
     pub(crate) time: SystemTime,
+    /// Whether it had the same content; unknown once a user of it is erased.
+    pub(crate) is_same: Option<bool>,
 }
 
 impl Replay {
@@ -105,5 +107,5 @@ pub(crate) async fn replay(
         let what = "was used for a request with other content";
         return Err(Error::invalid("request_id", Reason::RequestIdReused, what));
     }
-    Ok(Replay { users, time: column(first, USER_COLUMN_COUNT + 1)? })
+    Ok(Replay { users, time: column(first, USER_COLUMN_COUNT + 1)?, is_same })
 }

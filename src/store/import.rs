@@ -73,8 +73,8 @@ const USER_ID_TAKEN: i16 = 5;
 const USER_DELETED: i16 = 6;
 
 /// The users of a chunk as rows. A chunk that waits for a lock holds up every request that
-/// waits for its own locks, so it gives up after a second and lets them pass. The columns of
-/// the record are `$1` to `$3`.
+/// waits for its own locks, so it gives up after `$4` and lets them pass. The columns of the
+/// record are `$1` to `$3`.
 macro_rules! input {
     () => {
         concat!(
@@ -110,9 +110,9 @@ macro_rules! write_decided {
         concat!(
             ", chunk as (
     insert into import_chunks (key, fingerprint, outcomes, refused, expire_time)
-    select $1, $2, coalesce(array_agg(outcome order by position), '{}'), $3, now() + interval '7 days'
+    select $1, $2, coalesce(array_agg(outcome order by position), '{}'), $3, now() + $5::integer * interval '1 day'
     from decided
-    having count(*) = cardinality($5)
+    having count(*) = cardinality($6)
     on conflict (key) do update set
         fingerprint = excluded.fingerprint,
         outcomes = excluded.outcomes,
@@ -195,6 +195,8 @@ const OVERWRITE: &str = concat!(
     )
 );
 
+/// How long a chunk is remembered.
+const RECORD_DAYS: i32 = 7;
 /// How long a chunk waits for a lock.
 const LOCK_TIMEOUT: &str = "1s";
 
@@ -203,7 +205,7 @@ async fn write_once(db: &Db, chunk: &Chunk) -> Result<Option<pb::ImportUsersResp
     let users: NewUsers<'_> = chunk.users.iter().collect();
     let rejected = pb::ImportUsersResponse { failures: chunk.rejected.clone(), ..Default::default() };
     let rejected = rejected.encode_to_vec();
-    let params = users.params([&chunk.key, &chunk.fingerprint, &rejected, &LOCK_TIMEOUT], []);
+    let params = users.params([&chunk.key, &chunk.fingerprint, &rejected, &LOCK_TIMEOUT, &RECORD_DAYS]);
     let sql = if chunk.mode == ImportMode::Overwrite { OVERWRITE } else { ADD };
     let rows = db.run(Access::Write, sql, &params).await?;
     rows.first().map(|row| ack(chunk, row)).transpose()

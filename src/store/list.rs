@@ -1,9 +1,11 @@
-//! The statements of lists. Each is a walk along an index between two positions.
+//! The statements of lists. Each walks along an index between two positions.
 
+use prost::Message;
 use tokio_postgres::{Row, types::ToSql};
 
 use crate::error::{Access, Error};
 use crate::model::page::{Key, Order, Page, Position, Selection};
+use crate::model::request::List;
 use crate::pb;
 use crate::store::change_log::{POSITION_COLUMN_COUNT, current_position, position_from_row};
 use crate::store::pool::Db;
@@ -24,7 +26,7 @@ pub const STATEMENTS: &[&str] = &[
     USERNAME_ASC.all,
 ];
 
-/// One list, without and with soft-deleted users.
+/// A list without and with soft-deleted users.
 struct Statements {
     live: &'static str,
     all: &'static str,
@@ -72,30 +74,50 @@ const EMAIL_ASC: Statements = statements!(
 const USERNAME_ASC: Statements =
     statements!("(username_key, id) > ($1, $2) and (username_key, id) < ($3, $4)", "username_key, id");
 
-/// The point in history that a watch goes on from, and statistics.
+/// The position in history from which a watch continues, and statistics.
 const BEGINNING: &str = concat!(
     "select here.*, greatest(reltuples, 0)::bigint from pg_class left join ",
     current_position!(),
     " on true where pg_class.oid = 'users'::regclass"
 );
 
+/// Encoded bytes of users at which a page ends, so that it fits into a message of 4 MiB
+/// however large users are.
+const PAGE_MAX_BYTES: usize = 1024 * 1024;
+
 /// Returns a page.
-pub async fn list(db: &Db, page: &Page) -> Result<pb::ListUsersResponse, Error> {
+pub async fn list(db: &Db, List { page, is_unfiltered }: &List) -> Result<pb::ListUsersResponse, Error> {
     let mut response = pb::ListUsersResponse::default();
-    // Asked before the users are: a watch may show a change again, but must not
-    // miss one.
+    // Read before the users: a watch may send a change again, but must not miss one.
     if page.is_first
         && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
     {
         response.watch_token = position_from_row(row)?.map(|point| point.to_token()).unwrap_or_default();
-        response.total_size_estimate = column(row, POSITION_COLUMN_COUNT)?;
+        if *is_unfiltered {
+            response.total_size_estimate = column(row, POSITION_COLUMN_COUNT)?;
+        }
     }
-    let (rows, is_last) = walk(db, page).await?;
-    if let Some(last) = rows.last().filter(|_| !is_last) {
+    let (rows, mut is_last) = walk(db, page).await?;
+    response.users = rows.iter().map(user_from_row).collect::<Result<_, _>>()?;
+    let len = page_len(response.users.iter().map(Message::encoded_len));
+    is_last &= len == rows.len();
+    response.users.truncate(len);
+    let last = response.users.len().checked_sub(1).and_then(|last| rows.get(last));
+    if let Some(last) = last.filter(|_| !is_last) {
         response.next_page_token = page.token_after(&position(last, page.rest.order)?);
     }
-    response.users = rows.iter().map(user_from_row).collect::<Result<_, _>>()?;
     Ok(response)
+}
+
+/// How many users a page has, of which these are the sizes.
+fn page_len(sizes: impl Iterator<Item = usize>) -> usize {
+    let mut bytes = 0;
+    let fits = |size: &usize| {
+        let is_first_beyond = bytes >= PAGE_MAX_BYTES;
+        bytes += size;
+        !is_first_beyond
+    };
+    sizes.take_while(fits).count()
 }
 
 /// The users of a page, and whether it is the last one.
@@ -107,7 +129,7 @@ pub(crate) async fn walk(db: &Db, page: &Page) -> Result<(Vec<Row>, bool), Error
     Ok((rows, is_last))
 }
 
-/// The walk along a list.
+/// The statement that walks along a list.
 pub(crate) fn statement(list: &Selection) -> &'static str {
     let statements = match (list.order, &list.email_key) {
         (Order::CreateTimeDesc, None) => CREATE_TIME_DESC,
@@ -119,7 +141,7 @@ pub(crate) fn statement(list: &Selection) -> &'static str {
     if list.include_deleted { statements.all } else { statements.live }
 }
 
-/// The parameters of its [`statement`]; without a limit, it goes to the end.
+/// The parameters of its [`statement`]; without a limit, it walks to the end.
 pub(crate) fn params<'a>(list: &'a Selection, limit: &'a Option<i64>) -> Vec<&'a (dyn ToSql + Sync)> {
     let (from, to) = (&list.from, &list.to);
     let mut params: Vec<&(dyn ToSql + Sync)> =
@@ -130,11 +152,25 @@ pub(crate) fn params<'a>(list: &'a Selection, limit: &'a Option<i64>) -> Vec<&'a
     params
 }
 
-/// Where a user stands in the order.
+/// The position of a user in the order.
 pub(crate) fn position(row: &Row, order: Order) -> Result<Position, Error> {
     let key = match order {
         Order::CreateTimeDesc | Order::CreateTimeAsc => Key::Time(column(row, CREATE_TIME)?),
         Order::UsernameAsc => Key::Username(column(row, USER_COLUMN_COUNT)?),
     };
     Ok(Position { key, id: column(row, ID)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn page_ends_when_its_users_reach_a_mebibyte() {
+        assert_eq!(page_len([100; 1000].into_iter()), 1000);
+        assert_eq!(page_len([PAGE_MAX_BYTES, 1].into_iter()), 1);
+        assert_eq!(page_len([PAGE_MAX_BYTES - 1, 1, 1].into_iter()), 2);
+        assert_eq!(page_len([10_000; 1000].into_iter()), PAGE_MAX_BYTES.div_ceil(10_000));
+        assert_eq!(page_len([].into_iter()), 0);
+    }
 }

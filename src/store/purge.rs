@@ -1,8 +1,7 @@
-//! Erases what has served its time: soft-deleted users, request ids, chunks of
-//! imports, old changes.
-//! Small batches, each a statement of its own, so that nothing waits for long;
-//! an advisory lock that lasts as long as the statement lets one replica at a
-//! time do it.
+//! Deletes expired rows: soft-deleted users, request ids, holds of usernames, chunks of imports
+//! and old changes. Each small batch is a statement of its own, so that no other statement
+//! waits long for it. An advisory lock, held for one statement, lets one replica at a time do
+//! it.
 
 use std::time::Duration;
 
@@ -14,9 +13,10 @@ use crate::store::pool::{Db, Params};
 use crate::store::user_row::column;
 
 /// Every statement of this file, for preparation.
-pub const STATEMENTS: &[&str] = &[PURGE_USERS, PURGE_REQUESTS, PURGE_IMPORT_CHUNKS, PURGE_CHANGES];
+pub const STATEMENTS: &[&str] =
+    &[PURGE_USERS, PURGE_REQUESTS, PURGE_HOLDS, PURGE_IMPORT_CHUNKS, PURGE_CHANGES];
 
-/// Soft-deleted users whose time has come; the change log has each.
+/// Soft-deleted users, each with a row in the change log.
 const PURGE_USERS: &str = "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
@@ -30,7 +30,7 @@ with turn as materialized (
 )
 select count(*) from gone";
 
-/// Request ids that are older than a retry can be.
+/// Request ids.
 const PURGE_REQUESTS: &str = "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
@@ -42,7 +42,19 @@ with turn as materialized (
 )
 select count(*) from gone";
 
-/// Chunks of imports that nobody goes on with any more.
+/// Holds of usernames that updates replaced.
+const PURGE_HOLDS: &str = "
+with turn as materialized (
+    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
+), due as (
+    select username_key from username_holds, turn where is_ours and expire_time <= now()
+    order by expire_time limit 500 for update of username_holds skip locked
+), gone as (
+    delete from username_holds using due where username_holds.username_key = due.username_key returning 1
+)
+select count(*) from gone";
+
+/// Chunks of imports.
 const PURGE_IMPORT_CHUNKS: &str = "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
@@ -54,9 +66,8 @@ with turn as materialized (
 )
 select count(*) from gone";
 
-/// The oldest changes, as far as they are older than the retention of `$1` hours and
-/// nobody can still add to them. The newest of them is noted, so that it is known who
-/// has missed something.
+/// The oldest changes that are older than `$1` hours and whose transactions are not running any
+/// more. The newest of them is recorded, so that older resume tokens are recognised.
 const PURGE_CHANGES: &str = "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
@@ -75,26 +86,27 @@ with turn as materialized (
 )
 select count(*) from gone";
 
-/// Purges now and then, for ever.
+/// Purges every `PURGE_INTERVAL_MS`; never returns.
 pub async fn run(db: &Db, config: &Config) {
     let interval = Duration::from_millis(config.purge_interval_ms);
     let hours = i32::try_from(config.change_retention_hours).unwrap_or(i32::MAX);
-    let what_goes: [(_, _, Params<'_>); 4] = [
+    let statements: [(_, _, Params<'_>); 5] = [
         ("users", PURGE_USERS, &[]),
         ("requests", PURGE_REQUESTS, &[]),
+        ("username holds", PURGE_HOLDS, &[]),
         ("import chunks", PURGE_IMPORT_CHUNKS, &[]),
         ("changes", PURGE_CHANGES, &[&hours]),
     ];
     loop {
         time::sleep(interval).await;
-        for (what, sql, params) in what_goes {
+        for (what, sql, params) in statements {
             match purge(db, sql, params).await {
                 Ok(0) => {}
                 Ok(count) => tracing::info!(what, count, "purged"),
-                // That is said once, by the health.
+                // The health check logs it, once.
                 Err(Error::DatabaseUnavailable) => {}
-                // It is tried again at the next turn.
-                Err(error) => tracing::warn!(what, ?error, "not purged"),
+                // The next interval tries again.
+                Err(error) => tracing::warn!(what, ?error, "purge failed"),
             }
         }
     }

@@ -76,7 +76,7 @@ const _: () = assert!(NORM_VERSION == 1);
 /// are those of the columns.
 macro_rules! new_user_arrays {
     () => {
-        "$5::uuid[], $6::boolean[], $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::bytea[]"
+        "$6::uuid[], $7::boolean[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::bytea[]"
     };
 }
 macro_rules! new_user_fields {
@@ -137,12 +137,8 @@ impl<'a> FromIterator<&'a NewUser> for NewUsers<'a> {
 }
 
 impl NewUsers<'_> {
-    /// The parameters of a statement: `$1` to `$4`, the arrays as `$5` to `$12`, and the rest.
-    pub(crate) fn params<'p, const N: usize>(
-        &'p self,
-        first: [Param<'p>; 4],
-        rest: [Param<'p>; N],
-    ) -> Vec<Param<'p>> {
+    /// The parameters of a statement: `$1` to `$5`, and behind them the arrays.
+    pub(crate) fn params<'p>(&'p self, first: [Param<'p>; 5]) -> Vec<Param<'p>> {
         let arrays: [Param<'p>; 8] = [
             &self.ids,
             &self.have_given_ids,
@@ -153,7 +149,7 @@ impl NewUsers<'_> {
             &self.display_names,
             &self.fingerprint_salts,
         ];
-        first.into_iter().chain(arrays).chain(rest).collect()
+        first.into_iter().chain(arrays).collect()
     }
 }
 
@@ -161,7 +157,7 @@ impl NewUsers<'_> {
 /// keeps the stored value.
 macro_rules! patch_arrays {
     () => {
-        "$6::bigint[], $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::boolean[]"
+        "$8::bigint[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::boolean[]"
     };
 }
 macro_rules! patch_fields {
@@ -238,7 +234,7 @@ impl<'a> FromIterator<&'a UserPatch> for Patches<'a> {
 }
 
 impl Patches<'_> {
-    /// The arrays `$6` to `$12`.
+    /// The arrays, from `$8` on.
     pub(crate) fn params(&self) -> [Param<'_>; 7] {
         [
             &self.expected_revisions,

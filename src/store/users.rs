@@ -14,9 +14,10 @@ use uuid::Uuid;
 
 use crate::error::{Access, Error};
 use crate::model::batch::{Batch, repeated};
+use crate::model::fields::RequestId;
 use crate::model::names::Username;
 use crate::model::request::{Expunge, Undelete};
-use crate::model::user::{NewUser, Removal, RequestId, UserPatch};
+use crate::model::user::{NewUser, Removal, UserPatch};
 use crate::pb;
 use crate::store::idempotency::{Replay, record_requests, replay};
 use crate::store::pool::{Db, Param};
@@ -225,17 +226,16 @@ select ",
     };
 }
 
+/// `conflict` is the outcome of an item that conflicts with another one of its batch.
 const CREATE: &str = concat!(
-    input!(
-        concat!(new_user_arrays!(), ", $13::boolean[], $14::boolean[]"),
-        concat!(new_user_fields!(), ", is_id_repeated, is_username_repeated")
-    ),
+    input!(concat!("$5::smallint[], ", new_user_arrays!()), concat!("conflict, ", new_user_fields!())),
     ", decided as materialized (
     select *, id as user_id, now() as create_time, now() as update_time, null::timestamptz as delete_time,
         null::timestamptz as purge_time, 1::bigint as revision, case
             when is_replay then 1
-            when is_id_repeated or has_given_id and (select true from users u where u.id = input.id) then 7
-            when is_username_repeated or ",
+            when has_given_id and (select true from users u where u.id = input.id) then 7
+            when conflict <> 0 then conflict
+            when ",
     is_username_taken!("input.username_key", "input.id"),
     " then 6
             else 0
@@ -265,14 +265,21 @@ async fn create_rows(db: &Db, items: &Items<'_, NewUser>) -> Result<Vec<Row>, Er
     let users: NewUsers<'_> = items.items.iter().copied().collect();
     let is_id_repeated = items.repeated(users.ids.iter().map(Some));
     let is_username_repeated = items.repeated(users.username_keys.iter().map(Some));
+    let conflicts = is_id_repeated.into_iter().zip(is_username_repeated).map(|repeated| match repeated {
+        (true, _) => outcome::ID_TAKEN,
+        (false, true) => outcome::USERNAME_TAKEN,
+        (false, false) => outcome::DONE,
+    });
+    let conflicts: Vec<i16> = conflicts.collect();
     let (request_ids, fingerprints) = items.requests();
-    let first: [Param<'_>; 4] = [&items.is_atomic, &items.lock_timeout(), &request_ids, &fingerprints];
-    items.run_again(db, CREATE, &users.params(first, [&is_id_repeated, &is_username_repeated])).await
+    let lock_timeout = items.lock_timeout();
+    let params = users.params([&items.is_atomic, &lock_timeout, &request_ids, &fingerprints, &conflicts]);
+    items.run_again(db, CREATE, &params).await
 }
 
 const UPDATE: Statement = on_users! {
-    arrays: concat!(patch_arrays!(), ", $13::boolean[]"),
-    fields: concat!(patch_fields!(), ", is_username_repeated"),
+    arrays: concat!("$6::boolean[], ", patch_arrays!()),
+    fields: concat!("is_username_repeated, ", patch_fields!()),
     salt: "c.fingerprint_salt",
     has_changes: has_changes!(),
     outcome: concat!(
@@ -287,13 +294,13 @@ const UPDATE: Statement = on_users! {
     writes: concat!(
         ", updated as (
     update users u set ", set_patched_fields!(), ", revision = p.revision, update_time = p.update_time
-    from accepted p where u.id = p.id and p.has_changes
+    from (select * from accepted where has_changes order by username_key) as p where u.id = p.id
 ), change as (
     insert into user_changes (user_id, revision, kind) select id, revision, 2 from accepted where has_changes
 ), held as (
     insert into username_holds (username_key, user_id, expire_time)
-    select old_username_key, id, now() + $14::integer * interval '1 day' from accepted
-    where username_key <> old_username_key and not release_username and $14 > 0
+    select old_username_key, id, now() + $7::integer * interval '1 day' from accepted
+    where username_key <> old_username_key and not release_username and $7 > 0
     on conflict (username_key) do update set user_id = excluded.user_id, expire_time = excluded.expire_time
 ), no_longer_held as (
     delete from username_holds h using accepted p
@@ -302,7 +309,7 @@ const UPDATE: Statement = on_users! {
     )
 };
 
-/// Changes users.
+/// Changes users. Usernames are taken in order, as in creates.
 pub async fn update(db: &Db, items: &Items<'_, UserPatch>) -> Result<Vec<Outcome<pb::User>>, Error> {
     let rows = update_rows(db, items).await?;
     items.outcomes(db, &rows, user_from_row, |_, replay| replay.user()).await
@@ -311,9 +318,8 @@ pub async fn update(db: &Db, items: &Items<'_, UserPatch>) -> Result<Vec<Outcome
 async fn update_rows(db: &Db, items: &Items<'_, UserPatch>) -> Result<Vec<Row>, Error> {
     let patches: Patches<'_> = items.items.iter().copied().collect();
     let is_username_repeated = items.repeated(patches.username_keys.iter().copied());
-    let fields = patches.params();
-    let rest = [&is_username_repeated as Param<'_>, &db.username_hold_days];
-    let params: Vec<_> = fields.into_iter().chain(rest).collect();
+    let first: [Param<'_>; 2] = [&is_username_repeated, &db.username_hold_days];
+    let params: Vec<_> = first.into_iter().chain(patches.params()).collect();
     items.run(db, &UPDATE, &patches.ids, &params).await
 }
 
@@ -437,7 +443,12 @@ pub async fn expunge(db: &Db, expunge: &Expunge) -> Result<Option<Timestamp>, Er
     let params: [Param<'_>; 3] = [&vec![*expected_revision], &vec![*allow_missing], &vec![*force]];
     let rows = items.run(db, &EXPUNGE, &[*id], &params).await?;
     let erased = |row: &Row| Ok(optional_user_from_row(row)?.and_then(|user| user.update_time));
-    one(items.outcomes(db, &rows, erased, |_, replay| Ok(Some(replay.time.into()))).await?)
+    let from_replay = |_: &Expunge, replay: Replay| match replay.is_same {
+        Some(_) => Ok(Some(replay.time.into())),
+        // It was another request about a user that is erased now.
+        None => Err(Error::UserNotFound { name: id.to_string() }),
+    };
+    one(items.outcomes(db, &rows, erased, from_replay).await?)
 }
 
 /// Creates the users of an atomic batch.

@@ -121,7 +121,7 @@ async fn a_request_id_is_good_for_one_batch_or_for_one_call() {
 }
 
 #[tokio::test]
-async fn a_refused_batch_leaves_no_record_and_an_expired_one_counts_no_more() {
+async fn a_refused_batch_leaves_no_record_and_a_purged_one_counts_no_more() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let taken = created(&mut client, "user1").await;
@@ -132,10 +132,10 @@ async fn a_refused_batch_leaves_no_record_and_an_expired_one_counts_no_more() {
     client.expunge_user(expunge(&taken.id)).await.unwrap();
     let first = client.batch_create_users(request.clone()).await.unwrap().into_inner().users;
 
-    let expire = async || {
-        database.connect().await.batch_execute("update requests set expire_time = now()").await.unwrap();
+    let purge = async || {
+        database.connect().await.batch_execute("delete from requests").await.unwrap();
     };
-    expire().await;
+    purge().await;
     let status = client.batch_create_users(request.clone()).await;
     assert_refused(status, Code::AlreadyExists, "USERNAME_TAKEN");
     // The record is used again, by a call and by a batch in turn; each is known by it.
@@ -150,12 +150,12 @@ async fn a_refused_batch_leaves_no_record_and_an_expired_one_counts_no_more() {
             let user = client.update_user(single.clone()).await.unwrap().into_inner().user.unwrap();
             assert_eq!(user.revision, revision);
         }
-        expire().await;
+        purge().await;
         for _ in 0..2 {
             let users = client.batch_update_users(batch.clone()).await.unwrap().into_inner().users;
             assert_eq!(users[0].revision, revision + 1);
         }
-        expire().await;
+        purge().await;
     }
 }
 

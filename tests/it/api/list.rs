@@ -337,6 +337,7 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
                 from generate_series(1, 100000) as n;
             insert into user_changes (xid, user_id, revision, kind)
                 select (row_number() over () / 10)::text::xid8, id, 1, 1 from users;
+            insert into username_holds select id::text, id, now() + interval '1 day' from users limit 20000;
             insert into import_chunks select sha256(n::text::bytea), '', '{}', '', now() + n * interval '1 second'
                 from generate_series(1, 100000) as n;
             analyze;

@@ -110,7 +110,7 @@ async fn a_request_id_with_other_content_or_for_another_rpc_is_refused() {
 }
 
 #[tokio::test]
-async fn a_failed_call_leaves_no_record_and_an_expired_one_counts_no_more() {
+async fn a_failed_call_leaves_no_record_and_a_purged_one_counts_no_more() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
@@ -131,7 +131,7 @@ async fn a_failed_call_leaves_no_record_and_an_expired_one_counts_no_more() {
 
     client.expunge_user(expunge(&id)).await.unwrap();
     let first = client.create_user(request.clone()).await.unwrap().into_inner().user.unwrap();
-    database.connect().await.batch_execute("update requests set expire_time = now()").await.unwrap();
+    database.connect().await.batch_execute("delete from requests").await.unwrap();
     assert_refused(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
     client.expunge_user(expunge(&first.id)).await.unwrap();
     let second = client.create_user(request).await.unwrap().into_inner().user.unwrap();
@@ -185,11 +185,11 @@ async fn a_retried_undelete_does_not_undelete_who_was_deleted_again() {
     client.delete_user(delete(&id)).await.unwrap();
     let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
     assert!(user.delete_time.is_some() && user.revision == 4);
-    // A record that has expired is none.
-    database.connect().await.batch_execute("update requests set expire_time = now()").await.unwrap();
+    // A purged record is none.
+    database.connect().await.batch_execute("delete from requests").await.unwrap();
     let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
     assert!(user.delete_time.is_none() && user.revision == 5);
-    database.connect().await.batch_execute("update requests set expire_time = now()").await.unwrap();
+    database.connect().await.batch_execute("delete from requests").await.unwrap();
     assert_refused(client.undelete_user(undelete).await, Code::FailedPrecondition, "USER_NOT_DELETED");
 }
 

@@ -105,7 +105,8 @@ async fn of_two_writers_with_the_same_revision_one_wins_and_the_other_learns_the
     assert_eq!((won.len(), lost.len()), (1, 1));
     let won = won.into_iter().next().unwrap().unwrap().into_inner().user.unwrap();
     assert_eq!(won.revision, 2);
-    let status = assert_refused(lost.into_iter().next().unwrap(), Code::FailedPrecondition, "REVISION_MISMATCH");
+    let status =
+        assert_refused(lost.into_iter().next().unwrap(), Code::FailedPrecondition, "REVISION_MISMATCH");
     let details = tonic_types::StatusExt::get_error_details(&status);
     assert_eq!(details.error_info().unwrap().metadata["current_revision"], "2");
     assert_eq!(client.get_user(by_id(&user.id)).await.unwrap().into_inner().user, Some(won));

@@ -105,8 +105,7 @@ async fn full_queue_rejects_at_once_and_queued_requests_time_out() {
         let (mut client, id) = (client.clone(), id.clone());
         async move {
             let started = Instant::now();
-            let status =
-                assert_refused(client.get_user(by_id(&id)).await, Code::Unavailable, "OVERLOADED");
+            let status = assert_refused(client.get_user(by_id(&id)).await, Code::Unavailable, "OVERLOADED");
             assert!(status.get_error_details().retry_info().is_some());
             started.elapsed()
         }

@@ -55,7 +55,16 @@ async fn its_own_log_has_no_personal_data() {
     let mut server = start(dir.path()).await;
     let mut client = server.client().await;
     created(&mut client, "alice").await;
-    client.create_user(create(user("alice"))).await.unwrap_err();
+    // The service looks before it inserts, so a violation has to be provoked.
+    let mut postgres = tokio_postgres::Config::new();
+    postgres.host_path(dir.path()).user("postgres").dbname("postgres");
+    let (admin, connection) = postgres.connect(tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let again = "insert into users (id, username, username_key, username_held, email, email_key, display_name,
+            revision, create_time, update_time)
+        select gen_random_uuid(), username, username_key, true, email, email_key, display_name, 1, now(), now()
+        from users";
+    admin.execute(again, &[]).await.unwrap_err();
     server.signal("TERM");
     assert!(server.ended().await.success());
     let log = fs::read_to_string(dir.path().join("postgresql.log")).unwrap();

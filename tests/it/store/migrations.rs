@@ -17,10 +17,10 @@ async fn eight_replicas_that_start_together_on_an_empty_database_all_get_ready()
     for (n, server) in servers.iter().enumerate() {
         created(&mut server.client().await, &format!("user{n}")).await;
     }
-    assert_eq!(database.count(APPLIED).await, 6);
+    assert_eq!(database.count(APPLIED).await, 7);
     let migrated: usize =
         servers.iter().map(|server| server.log().matches(r#""message":"migrated""#).count()).sum();
-    assert_eq!(migrated, 6);
+    assert_eq!(migrated, 7);
 }
 
 #[tokio::test]
@@ -60,7 +60,7 @@ async fn migrate_does_that_and_exits() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
         let output = command.arg("migrate").env_clear().env("DATABASE_URL", database.url()).output().unwrap();
         assert!(output.status.success(), "{output:?}");
-        assert_eq!(database.count(APPLIED).await, 6);
+        assert_eq!(database.count(APPLIED).await, 7);
     }
 }
 
