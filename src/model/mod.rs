@@ -4,3 +4,4 @@ pub mod names;
 pub mod page;
 pub mod position;
 pub mod request;
+pub mod token;

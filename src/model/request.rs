@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::error::{Element, Error, Violation, reason};
 use crate::model::names::{self, Email, KeyRange, Username};
 use crate::model::page::{Key, Order, Page, Position, Selection};
-use crate::model::position::{LogPosition, Token};
+use crate::model::position::{LogPosition, ResumeToken};
 use crate::pb;
 
 /// A user to create.
@@ -547,16 +547,16 @@ impl Watch {
     fn resume(token: &str, filter: Option<Selection>, selection: Selection) -> Option<Self> {
         let token = match (LogPosition::from_token(token), &filter) {
             // Of another rpc: good for every filter.
-            (Some(point), _) => Token { point, page_token: None },
-            (None, Some(filter)) => Token::parse(&filter.open_watch(token)?)?,
-            (None, None) => Token::parse(token)?,
+            (Some(position), _) => ResumeToken { position, page_token: None },
+            (None, Some(filter)) => ResumeToken::parse(&filter.decode_watch_token(token)?)?,
+            (None, None) => ResumeToken::parse(token)?,
         };
-        let Token { point, page_token } = token;
+        let ResumeToken { position, page_token } = token;
         let initial_state = match page_token {
             Some(token) => Some(selection.page_after(&token, INITIAL_STATE_PAGE_SIZE)?),
             None => None,
         };
-        Some(Self { filter, point: Some(point), initial_state })
+        Some(Self { filter, point: Some(position), initial_state })
     }
 }
 
