@@ -128,7 +128,7 @@ async fn keep_database(
         db.prewarm(),
         db.retire_connections(),
         purge::run(&db, &config),
-        change_log::keep_adopted(&db, &postgres),
+        change_log::maintain_origin(&db, &postgres),
     );
     Ok(())
 }
@@ -161,7 +161,7 @@ async fn prepare(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<(
     loop {
         let Err(error) = async {
             pool::migrate(postgres).await?;
-            change_log::adopt(postgres).await?;
+            change_log::reset_origin(postgres).await?;
             db.verify_schema().await
         }
         .await

@@ -22,7 +22,7 @@ use tokio::{
 use tonic::{Code, Status};
 
 use crate::cli;
-use crate::pb;
+use crate::pb::{self, user_change::State};
 
 /// The service sends a bookmark every 5 seconds; without any, it is gone.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -156,12 +156,13 @@ fn change_to_json(change: &pb::UserChange) -> Value {
     json.insert("kind".into(), change.kind().as_str_name().into());
     json.insert("id".into(), change.id.as_str().into());
     json.insert("revision".into(), change.revision.to_string().into());
-    if let Some(user) = &change.user {
-        json.insert("user".into(), user_to_json(user));
-    }
-    if change.removed {
-        json.insert("removed".into(), true.into());
-    }
+    let (name, state) = match &change.state {
+        Some(State::User(user)) => ("user", user_to_json(user)),
+        Some(State::Removed(_)) => ("removed", json!({})),
+        Some(State::Superseded(_)) => ("superseded", json!({})),
+        None => return json.into(),
+    };
+    json.insert(name.into(), state);
     json.into()
 }
 

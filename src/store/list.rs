@@ -74,7 +74,7 @@ const USERNAME_ASC: Statements =
 
 /// The point in history that a watch goes on from, and statistics.
 const BEGINNING: &str = concat!(
-    "select here.*, greatest(reltuples, 0)::bigint from pg_class left join ",
+    "select log_position.*, greatest(reltuples, 0)::bigint from pg_class left join ",
     current_position!(),
     " on true where pg_class.oid = 'users'::regclass"
 );
