@@ -141,7 +141,7 @@ async fn maintain_database(
         db.prewarm(),
         db.retire_connections(),
         purge::run(&db, &config),
-        change_log::keep_adopted(&db, &postgres),
+        change_log::maintain_origin(&db, &postgres),
     );
     Ok(())
 }
@@ -173,7 +173,7 @@ async fn prepare_database(postgres: &tokio_postgres::Config, db: &Db) -> anyhow:
     loop {
         let Err(error) = async {
             migrate::migrate(postgres).await?;
-            change_log::adopt(postgres).await?;
+            change_log::reset_origin(postgres).await?;
             db.verify_schema().await
         }
         .await

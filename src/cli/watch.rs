@@ -23,7 +23,7 @@ use tonic::{Code, Status};
 
 use super::{Filter, connect, explain, is_retryable, service_addr::ServiceAddr, with_suffix};
 use crate::config::Config;
-use crate::pb;
+use crate::pb::{self, user_change::State};
 use crate::telemetry::describe;
 
 /// A stream without a message for this long is broken: an idle service sends one every 5 s.
@@ -175,12 +175,13 @@ fn change_to_json(change: &pb::UserChange) -> Value {
     json.insert("kind".into(), change.kind().as_str_name().into());
     json.insert("id".into(), change.id.as_str().into());
     json.insert("revision".into(), change.revision.to_string().into());
-    match &change.state {
-        Some(pb::user_change::State::User(user)) => json.insert("user".into(), user_to_json(user)),
-        Some(pb::user_change::State::Removed(_)) => json.insert("removed".into(), json!({})),
-        Some(pb::user_change::State::Superseded(_)) => json.insert("superseded".into(), json!({})),
-        None => None,
+    let (name, state) = match &change.state {
+        Some(State::User(user)) => ("user", user_to_json(user)),
+        Some(State::Removed(_)) => ("removed", json!({})),
+        Some(State::Superseded(_)) => ("superseded", json!({})),
+        None => return json.into(),
     };
+    json.insert(name.into(), state);
     json.into()
 }
 

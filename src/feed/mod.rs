@@ -1,4 +1,5 @@
-//! The change feed: one reader a process, shared by all watchers.
+//! The change feed: one reader per process, whose batches all watchers share.
 
+pub mod messages;
 pub mod reader;
 pub mod watcher;

@@ -7,4 +7,5 @@ pub mod page;
 pub mod position;
 pub mod request;
 pub mod stream;
+pub mod token;
 pub mod user;

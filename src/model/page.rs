@@ -1,17 +1,16 @@
-//! Where a page of a list begins and ends, and the tokens that carry it.
+//! Lists, their pages and page tokens.
 //!
-//! A list is the users between two positions of an index. A page token is the
-//! position of the last user that was seen, sealed with the list that it belongs
-//! to: nothing is kept on the server, and any replica can go on.
+//! A list is the users between two positions of an index. A page token contains the
+//! position of the last user of a page and is valid for its list only. The server keeps no
+//! state: every replica can return the next page.
 
 use std::time::{Duration, SystemTime};
 
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use sha2::{Digest, Sha256};
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::model::names::{Email, Username};
+use crate::model::token::{decode_token, encode_token};
 use crate::pb;
 
 /// The order of a list.
@@ -48,13 +47,13 @@ pub struct Position {
 pub struct Selection {
     /// In which order.
     pub order: Order,
-    /// Only those with this e-mail key.
+    /// Only users with this e-mail key.
     pub email_key: Option<String>,
     /// Soft-deleted ones too.
     pub include_deleted: bool,
-    /// Only those behind this position, in ascending order.
+    /// Only users after this position, in ascending order.
     pub from: Position,
-    /// Only those in front of this position, in ascending order.
+    /// Only users before this position, in ascending order.
     pub to: Position,
 }
 
@@ -67,26 +66,26 @@ pub struct Page {
     pub size: usize,
     /// Whether this is the list's beginning.
     pub is_first: bool,
-    /// What [`Page::token_after`] seals tokens with.
-    seal: Vec<u8>,
+    /// The context of the page tokens: the whole list.
+    token_context: Vec<u8>,
 }
 
 impl Selection {
     /// The first page.
     pub fn first_page(self, size: usize) -> Page {
-        Page { seal: self.to_bytes(), rest: self, size, is_first: true }
+        Page { token_context: self.to_bytes(), rest: self, size, is_first: true }
     }
 
     /// The page behind the one that `token` came with; `None` if the token was
     /// not made for this selection.
     pub fn page_after(self, token: &str, size: usize) -> Option<Page> {
         let first = self.first_page(size);
-        let last = first.rest.order.position_from_bytes(&decode_token(&first.seal, token)?)?;
+        let last = first.rest.order.position_from_bytes(&decode_token(&first.token_context, token)?)?;
         Some(first.page_after(last))
     }
 
-    /// Whether a user belongs to it, by the keys that its columns have: a change of the rules
-    /// by which these are made has to be a change of the columns too.
+    /// Whether a user belongs to the list. It compares the keys that the index columns
+    /// contain: a change of the rules that make them requires a change of the columns.
     pub fn contains(&self, user: &pb::User) -> bool {
         let key = match self.order {
             Order::CreateTimeDesc | Order::CreateTimeAsc => {
@@ -103,17 +102,18 @@ impl Selection {
             && self.email_key.as_ref().is_none_or(has_email)
     }
 
-    /// The token of a watch of these users only, from that of a watch of all.
-    pub fn seal_watch(&self, token: &str) -> String {
+    /// The resume token of a watch with this filter, from that of an unfiltered watch.
+    pub fn encode_watch_token(&self, token: &str) -> String {
         encode_token(&self.watch_context(), token.as_bytes())
     }
 
-    /// What [`Selection::seal_watch`] sealed for the same selection.
-    pub fn open_watch(&self, token: &str) -> Option<String> {
+    /// The inverse of [`Selection::encode_watch_token`]; `None` if the token is damaged or
+    /// belongs to another filter.
+    pub fn decode_watch_token(&self, token: &str) -> Option<String> {
         String::from_utf8(decode_token(&self.watch_context(), token)?).ok()
     }
 
-    /// Not that of page tokens.
+    /// Differs from the context of page tokens.
     fn watch_context(&self) -> Vec<u8> {
         [b"watch of ", self.to_bytes().as_slice()].concat()
     }
@@ -136,7 +136,7 @@ impl Selection {
 impl Page {
     /// The token of the next page, when this one ends with the user at `last`.
     pub fn token_after(&self, last: &Position) -> String {
-        encode_token(&self.seal, &last.to_bytes())
+        encode_token(&self.token_context, &last.to_bytes())
     }
 
     /// The next page, when this one ends with the user at `last`.
@@ -203,30 +203,6 @@ pub(crate) fn from_micros(micros: i64) -> Option<SystemTime> {
     }
 }
 
-/// Octets of a seal. It guards against accidents, such as a token cut short or
-/// used with another list. A forged one gives away nothing: it can only point
-/// at another place in a list that its owner may read anyway.
-const SEAL_OCTETS: usize = 8;
-
-fn checksum(context: &[u8], payload: &[u8]) -> [u8; SEAL_OCTETS] {
-    let hash = Sha256::new().chain_update(context).chain_update([0]).chain_update(payload).finalize();
-    let mut seal = [0; SEAL_OCTETS];
-    seal.copy_from_slice(hash.split_at(SEAL_OCTETS).0);
-    seal
-}
-
-/// A text that [`open`] can read, if it comes back whole and to the same place.
-pub fn encode_token(context: &[u8], payload: &[u8]) -> String {
-    URL_SAFE_NO_PAD.encode([&checksum(context, payload), payload].concat())
-}
-
-/// What was sealed, if this is a seal of this context.
-pub fn decode_token(context: &[u8], token: &str) -> Option<Vec<u8>> {
-    let bytes = URL_SAFE_NO_PAD.decode(token).ok()?;
-    let (seal, payload) = bytes.split_first_chunk()?;
-    (*seal == checksum(context, payload)).then(|| payload.to_vec())
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -240,7 +216,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_token_leads_back_to_its_position(micros in -62_135_596_800_000_000_i64..253_402_300_799_000_000, id: u128) {
+        fn page_token_returns_its_position(micros in -62_135_596_800_000_000_i64..253_402_300_799_000_000, id: u128) {
             let time = Key::Time(from_micros(micros).unwrap());
             let all = selection(Order::CreateTimeAsc, time.clone(), time.clone());
             let last = Position { key: time, id: Uuid::from_u128(id) };
@@ -249,16 +225,16 @@ mod tests {
         }
 
         #[test]
-        fn the_same_for_usernames(key in "[^\\x00]{0,64}", id: u128) {
+        fn page_token_returns_its_username_position(key in "[^\\x00]{0,64}", id: u128) {
             let all = selection(Order::UsernameAsc, Key::Username("a".into()), Key::Username("b".into()));
             let last = Position { key: Key::Username(key), id: Uuid::from_u128(id) };
             let token = all.clone().first_page(1).token_after(&last);
             prop_assert_eq!(all.page_after(&token, 1).unwrap().rest.from, last);
         }
 
-        /// Even with a good seal, which takes malice, a token is harmless.
+        /// A forged token with a valid checksum is harmless.
         #[test]
-        fn forged_bytes_are_a_position_or_nothing(bytes: Vec<u8>) {
+        fn forged_page_token_is_a_position_or_rejected(bytes: Vec<u8>) {
             for order in [Order::CreateTimeDesc, Order::CreateTimeAsc, Order::UsernameAsc] {
                 let time = Key::Time(SystemTime::UNIX_EPOCH);
                 let all = selection(order, time.clone(), time);

@@ -1,176 +1,171 @@
-//! Points in the history of all users, and the tokens that carry them.
+//! Positions in the change log, and the tokens that contain them.
 //!
-//! Transactions get their numbers when they begin to write, and commit in another
-//! order. So a point is not a number but a set: the changes of all transactions up to
-//! one of them, except those that were still under way. What lies between two points
-//! is never lost, and nobody waits for a slow transaction.
+//! A transaction gets its id when it first writes, and transactions commit in another
+//! order. A position is therefore a set of transactions, not a number: all transactions up
+//! to an id, except those that were still in flight. No change between two positions is
+//! lost, and a long transaction does not delay the feed.
 
 use std::time::SystemTime;
 
 use crate::error::Error;
-use crate::model::page::{decode_token, encode_token, from_micros, to_micros};
+use crate::model::page::{from_micros, to_micros};
+use crate::model::token::{decode_token, encode_token};
 
-/// The changes that somebody has seen.
+/// A position in the change log: the set of changes that a client has received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogPosition {
-    /// Of which history: the cluster, the database in it, and the timeline, which
-    /// becomes another one with each failover and restore.
-    history: String,
-    /// The newest change that was seen. Its transaction is known to be durable. That a
-    /// snapshot saw later ones, without changes, is not kept: after a crash their
-    /// numbers can be given out again.
+    /// The cluster, the database and the timeline. The timeline changes with each failover
+    /// and restore.
+    origin: String,
+    /// The newest change of the set; its transaction is durable. Later transactions without
+    /// changes are not recorded, because PostgreSQL can assign their ids again after a crash.
     last: TransactionStamp,
-    /// Transactions before it whose changes were not seen, in ascending order.
-    unseen: Vec<u64>,
+    /// Transactions before `last` whose changes are not in the set, in ascending order: they
+    /// were in flight, or their changes have not been read yet.
+    in_flight_xids: Vec<u64>,
 }
 
-/// A change, as far as points know it.
+/// A transaction of the change log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TransactionStamp {
-    /// The transaction.
+    /// The transaction id.
     pub xid: u64,
-    /// When it began, in microseconds. Had history gone another way, the transaction
-    /// with this number would have begun at another time.
+    /// When the transaction began, in microseconds. It identifies the transaction if a
+    /// restored copy of the database assigns the same id to another one.
     pub time_us: i64,
 }
 
-/// What a statement sees of the change log beside the changes.
+/// The state of the change log in one snapshot, without its changes.
 #[derive(Debug)]
-pub struct Log {
-    /// Of which history: as that of a point.
-    pub history: String,
-    /// The transactions that are still under way, in ascending order.
-    pub running: Vec<u64>,
-    /// The newest change that was purged.
+pub struct LogState {
+    /// The same as [`LogPosition`]'s.
+    pub origin: String,
+    /// The transactions in flight, in ascending order.
+    pub in_flight_xids: Vec<u64>,
+    /// The newest purged change.
     pub purged: TransactionStamp,
-    /// When the transaction began that is the last one of the point in question; `None`
-    /// if it has no change in the log.
+    /// When the last transaction of the position that is checked began; `None` if the log
+    /// has no change of that transaction.
     pub last_time_us: Option<i64>,
 }
 
 impl TransactionStamp {
-    /// A change in the log.
+    /// Converts the columns of a change.
     pub fn new(xid: u64, time: SystemTime) -> Self {
         Self { xid, time_us: to_micros(time) }
     }
 }
 
 impl LogPosition {
-    /// The point at which a statement saw this log, of which `last` is the newest change.
-    pub fn now(history: String, running: &[u64], last: TransactionStamp) -> Self {
-        let unseen = running.iter().copied().filter(|xid| *xid < last.xid).collect();
-        Self { history, last, unseen }
+    /// The position of a snapshot in which `last` is the newest change.
+    pub fn current(origin: String, in_flight_xids: &[u64], last: TransactionStamp) -> Self {
+        let in_flight_xids = in_flight_xids.iter().copied().filter(|xid| *xid < last.xid).collect();
+        Self { origin, last, in_flight_xids }
     }
 
-    /// The number of the last transaction.
+    /// The id of the last transaction.
     pub fn last_xid(&self) -> u64 {
         self.last.xid
     }
 
-    /// The transactions before it that were not seen.
-    pub fn unseen(&self) -> &[u64] {
-        &self.unseen
+    /// The transactions before the last one that the position does not include.
+    pub fn in_flight_xids(&self) -> &[u64] {
+        &self.in_flight_xids
     }
 
-    /// Whether everything behind this point can be read from the log.
-    pub fn check(&self, log: &Log) -> Result<(), Error> {
-        if self.history != log.history {
+    /// Checks that the log has every change after this position.
+    pub fn check(&self, log: &LogState) -> Result<(), Error> {
+        if self.origin != log.origin {
             return Err(Error::ResumeTokenForeign);
         }
-        let oldest_unseen = self.unseen.first().copied().unwrap_or(self.last.xid + 1);
-        if log.purged.xid >= oldest_unseen {
+        let oldest_missing = self.in_flight_xids.first().copied().unwrap_or(self.last.xid + 1);
+        if log.purged.xid >= oldest_missing {
             return Err(Error::ResumeTokenExpired);
         }
-        // A copy of the database that went its own way has no such change.
+        // A copy of the database that was restored from an earlier backup has no such change.
         let is_known = log.last_time_us == Some(self.last.time_us) || log.purged == self.last;
         if is_known { Ok(()) } else { Err(Error::ResumeTokenForeign) }
     }
 
-    /// The point after the changes behind this one were read up to `last`, in the order
-    /// of their transactions: all of them, or as many as a batch holds.
-    pub fn after(&self, log: &Log, last: Option<TransactionStamp>, is_all: bool) -> Self {
+    /// The position after a read of the changes that follow this one, in transaction order.
+    /// `last` is the last transaction read; `is_all` means that the read was not limited.
+    pub fn after(&self, log: &LogState, last: Option<TransactionStamp>, is_all: bool) -> Self {
         let read_to = last.filter(|_| !is_all).map_or(u64::MAX, |last| last.xid);
         let last = last.filter(|last| last.xid > self.last.xid).unwrap_or(self.last);
-        let running = log.running.iter().filter(|xid| **xid <= read_to && **xid < last.xid);
-        let not_read = self.unseen.iter().filter(|xid| **xid > read_to);
-        Self { history: self.history.clone(), last, unseen: running.chain(not_read).copied().collect() }
+        let in_flight = log.in_flight_xids.iter().filter(|xid| **xid <= read_to && **xid < last.xid);
+        let not_read = self.in_flight_xids.iter().filter(|xid| **xid > read_to);
+        let in_flight_xids = in_flight.chain(not_read).copied().collect();
+        Self { origin: self.origin.clone(), last, in_flight_xids }
     }
 
-    /// Whether whoever is here has seen all that belongs to `other`.
+    /// Whether this position includes every change of `other`.
     pub fn includes(&self, other: &Self) -> bool {
-        let mut missing = self.unseen.iter().filter(|xid| **xid <= other.last.xid);
-        self.history == other.history
+        let mut missing = self.in_flight_xids.iter().filter(|xid| **xid <= other.last.xid);
+        self.origin == other.origin
             && self.last.xid >= other.last.xid
-            && missing.all(|xid| other.unseen.contains(xid))
+            && missing.all(|xid| other.in_flight_xids.contains(xid))
     }
 
-    /// The token of the point, for whoever begins to watch, all users or some.
+    /// The watch token of ListUsers and ExportUsers. It is valid with every filter.
     pub fn to_token(&self) -> String {
-        encode_token(POINT_SEAL, self.to_text().as_bytes())
+        encode_token(WATCH_TOKEN, self.to_text().as_bytes())
     }
 
-    /// Reads such a token; `None` if it was not made by us.
+    /// Reads a watch token; `None` if it is invalid.
     pub fn from_token(token: &str) -> Option<Self> {
-        Self::from_text(&String::from_utf8(decode_token(POINT_SEAL, token)?).ok()?)
+        Self::from_text(&String::from_utf8(decode_token(WATCH_TOKEN, token)?).ok()?)
     }
 
     fn to_text(&self) -> String {
-        let Self { history, last, unseen } = self;
-        let unseen: Vec<String> = unseen.iter().map(u64::to_string).collect();
-        format!("{history}|{} {}|{}", last.xid, last.time_us, unseen.join(" "))
+        let Self { origin, last, in_flight_xids } = self;
+        let in_flight_xids: Vec<String> = in_flight_xids.iter().map(u64::to_string).collect();
+        format!("{origin}|{} {}|{}", last.xid, last.time_us, in_flight_xids.join(" "))
     }
 
+    /// Accepts only valid positions, because tokens can be forged.
     fn from_text(text: &str) -> Option<Self> {
         let mut parts = text.split('|');
-        let (history, last, unseen) = (parts.next()?, parts.next()?, parts.next()?);
+        let (origin, last, in_flight_xids) = (parts.next()?, parts.next()?, parts.next()?);
         let (xid, time_us) = last.split_once(' ')?;
         let last = TransactionStamp { xid: xid.parse().ok()?, time_us: time_us.parse().ok()? };
         from_micros(last.time_us)?;
-        // Also when it is forged, it has to be a point.
-        let unseen: Vec<u64> = numbers(unseen, ' ')?;
-        let is_ascending = unseen.iter().chain([&last.xid]).is_sorted_by(|a, b| a < b);
-        let is_whole = parts.next().is_none() && last.xid < u64::MAX && is_ascending;
-        is_whole.then(|| Self { history: history.to_owned(), last, unseen })
+        let in_flight_xids = in_flight_xids.split(' ').filter(|xid| !xid.is_empty());
+        let in_flight_xids: Vec<u64> = in_flight_xids.map(|xid| xid.parse().ok()).collect::<Option<_>>()?;
+        let is_ascending = in_flight_xids.iter().chain([&last.xid]).is_sorted_by(|a, b| a < b);
+        let is_valid = parts.next().is_none() && last.xid < u64::MAX && is_ascending;
+        is_valid.then(|| Self { origin: origin.to_owned(), last, in_flight_xids })
     }
 }
 
-const POINT_SEAL: &[u8] = b"point";
+/// The context of watch tokens.
+const WATCH_TOKEN: &[u8] = b"point";
 
-/// Where a watch goes on.
+/// The context of resume tokens.
+const RESUME_TOKEN: &[u8] = b"watch";
+
+/// The content of a resume token: where a watch continues.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Token {
-    /// ChangesSince which the changes are.
-    pub point: LogPosition,
-    /// Within an initial state, the token of its next page.
+pub struct ResumeToken {
+    /// The changes that the client has received.
+    pub position: LogPosition,
+    /// The token of the next page, within an initial state.
     pub page_token: Option<String>,
 }
 
-const SEAL: &[u8] = b"watch";
-
-impl Token {
-    /// The token as callers get it, if they watch all users.
+impl ResumeToken {
+    /// Encodes the token of an unfiltered watch.
     pub fn to_text(&self) -> String {
         let page_token = self.page_token.as_deref().unwrap_or_default();
-        encode_token(SEAL, format!("{}|{page_token}", self.point.to_text()).as_bytes())
+        encode_token(RESUME_TOKEN, format!("{}|{page_token}", self.position.to_text()).as_bytes())
     }
 
-    /// Reads a token; `None` if it was not made by us.
+    /// Reads a token; `None` if it is invalid.
     pub fn parse(text: &str) -> Option<Self> {
-        let text = String::from_utf8(decode_token(SEAL, text)?).ok()?;
-        let (point, page_token) = text.rsplit_once('|')?;
+        let text = String::from_utf8(decode_token(RESUME_TOKEN, text)?).ok()?;
+        let (position, page_token) = text.rsplit_once('|')?;
         let page_token = Some(page_token.to_owned()).filter(|token| !token.is_empty());
-        Some(Self { point: LogPosition::from_text(point)?, page_token })
+        Some(Self { position: LogPosition::from_text(position)?, page_token })
     }
-}
-
-/// The running transactions of a `pg_snapshot`, which is `xmin:xmax:` and a list.
-pub fn running(snapshot: &str) -> Option<Vec<u64>> {
-    numbers(snapshot.split(':').nth(2)?, ',')
-}
-
-fn numbers(list: &str, separator: char) -> Option<Vec<u64>> {
-    let numbers = list.split(separator).filter(|number| !number.is_empty());
-    numbers.map(|number| number.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -183,14 +178,12 @@ mod tests {
 
     const LAST_XID: u64 = 40;
 
-    /// A point, and the same as the plain set of what was seen.
-    fn point(last: u64, unseen: &BTreeSet<u64>) -> (LogPosition, BTreeSet<u64>) {
-        let unseen: Vec<u64> = unseen.iter().copied().filter(|xid| *xid < last).collect();
-        let seen = (1..=last).filter(|xid| !unseen.contains(xid)).collect();
-        (
-            LogPosition { history: "1 2 3".into(), last: TransactionStamp { xid: last, time_us: 7 }, unseen },
-            seen,
-        )
+    /// A position, and the plain set of the transactions that it includes.
+    fn position(last: u64, in_flight: &BTreeSet<u64>) -> (LogPosition, BTreeSet<u64>) {
+        let in_flight_xids: Vec<u64> = in_flight.iter().copied().filter(|xid| *xid < last).collect();
+        let included = (1..=last).filter(|xid| !in_flight_xids.contains(xid)).collect();
+        let last = TransactionStamp { xid: last, time_us: 7 };
+        (LogPosition { origin: "1 2 3".into(), last, in_flight_xids }, included)
     }
 
     fn some_xids() -> impl Strategy<Value = BTreeSet<u64>> {
@@ -199,78 +192,79 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_token_leads_back_to_its_point(last in 1..u64::MAX - 1, xids in some_xids(), page_token in prop::option::of("[0-9A-Za-z_-]{1,80}")) {
-            let (mut point, _) = point(LAST_XID, &xids);
-            point.last.xid = last.max(LAST_XID);
-            let token = Token { point, page_token };
-            prop_assert_eq!(Token::parse(&token.to_text()), Some(token));
+        fn resume_token_returns_its_position(last in 1..u64::MAX - 1, xids in some_xids(), page_token in prop::option::of("[0-9A-Za-z_-]{1,80}")) {
+            let (mut position, _) = position(LAST_XID, &xids);
+            position.last.xid = last.max(LAST_XID);
+            let token = ResumeToken { position, page_token };
+            prop_assert_eq!(ResumeToken::parse(&token.to_text()), Some(token));
         }
 
-        /// Even with a good seal, which takes malice, a token is harmless.
+        /// A forged token with a valid checksum is harmless.
         #[test]
-        fn forged_text_is_a_token_or_nothing(text in "[0-9]{1,3} [0-9] [0-9]\\|[0-9]{1,22} -?[0-9]{1,22}\\|[0-9 ]{0,20}\\|[0-9a-f -]{0,80}") {
-            if let Some(token) = Token::parse(&encode_token(SEAL, text.as_bytes())) {
-                let _ = token.point.includes(&token.point);
+        fn forged_resume_token_is_valid_or_rejected(text in "[0-9]{1,3} [0-9] [0-9]\\|[0-9]{1,22} -?[0-9]{1,22}\\|[0-9 ]{0,20}\\|[0-9a-f -]{0,80}") {
+            if let Some(token) = ResumeToken::parse(&encode_token(RESUME_TOKEN, text.as_bytes())) {
+                let _ = token.position.includes(&token.position);
                 let _ = token.to_text();
             }
         }
 
-        /// Whatever is read in whatever pieces, nothing is passed over or seen twice.
+        /// Reads of any size neither skip nor repeat a change.
         #[test]
-        fn a_point_after_a_batch_has_what_was_seen_and_what_was_read(
+        fn position_after_a_read_includes_what_it_had_and_what_was_read(
             from in 1..LAST_XID,
-            unseen in some_xids(),
-            still_running in some_xids(),
+            in_flight in some_xids(),
+            still_in_flight in some_xids(),
             size in 1..20_usize,
         ) {
-            let (from, seen) = point(from, &unseen);
-            // What the later statement does not see, the earlier one has not seen.
-            let running: Vec<u64> = still_running.into_iter().filter(|xid| !seen.contains(xid)).collect();
-            let log = Log {
-                history: from.history.clone(),
-                running: running.clone(),
+            let (from, included) = position(from, &in_flight);
+            // A transaction that the later snapshot does not see was not seen before either.
+            let in_flight_xids: Vec<u64> =
+                still_in_flight.into_iter().filter(|xid| !included.contains(xid)).collect();
+            let unread: Vec<u64> =
+                (1..=LAST_XID).filter(|xid| !included.contains(xid) && !in_flight_xids.contains(xid)).collect();
+            let log = LogState {
+                origin: from.origin.clone(),
+                in_flight_xids,
                 purged: TransactionStamp { xid: 0, time_us: 0 },
                 last_time_us: Some(7),
             };
-            let behind: Vec<u64> =
-                (1..=LAST_XID).filter(|xid| !seen.contains(xid) && !running.contains(xid)).collect();
-            let batch: Vec<u64> = behind.iter().copied().take(size).collect();
-            let last = batch.last().map(|xid| TransactionStamp { xid: *xid, time_us: 7 });
-            let after = from.after(&log, last, batch.len() == behind.len());
-            let expected: BTreeSet<u64> = seen.iter().chain(&batch).copied().collect();
-            let has = |xid: &u64| *xid <= after.last.xid && !after.unseen.contains(xid);
+            let read: Vec<u64> = unread.iter().copied().take(size).collect();
+            let last = read.last().map(|xid| TransactionStamp { xid: *xid, time_us: 7 });
+            let after = from.after(&log, last, read.len() == unread.len());
+            let expected: BTreeSet<u64> = included.iter().chain(&read).copied().collect();
+            let has = |xid: &u64| *xid <= after.last.xid && !after.in_flight_xids.contains(xid);
             prop_assert_eq!((1..=LAST_XID).filter(has).collect::<BTreeSet<_>>(), expected);
             prop_assert!(after.includes(&from));
-            prop_assert_eq!(from.includes(&after), batch.is_empty());
-            prop_assert!(after.unseen.is_sorted());
+            prop_assert_eq!(from.includes(&after), read.is_empty());
+            prop_assert!(after.in_flight_xids.is_sorted());
         }
 
         #[test]
-        fn a_point_includes_another_as_a_set_does(
-            a in 1..LAST_XID, b in 1..LAST_XID, unseen_a in some_xids(), unseen_b in some_xids()
+        fn position_includes_another_if_its_set_is_a_superset(
+            a in 1..LAST_XID, b in 1..LAST_XID, in_flight_a in some_xids(), in_flight_b in some_xids()
         ) {
-            let ((a, seen_a), (b, seen_b)) = (point(a, &unseen_a), point(b, &unseen_b));
-            prop_assert_eq!(a.includes(&b), seen_a.is_superset(&seen_b));
+            let ((a, set_a), (b, set_b)) = (position(a, &in_flight_a), position(b, &in_flight_b));
+            prop_assert_eq!(a.includes(&b), set_a.is_superset(&set_b));
         }
     }
 
     #[test]
-    fn a_point_is_refused_unless_all_that_is_behind_it_is_in_the_log() {
-        let (point, _) = point(10, &BTreeSet::from([5]));
-        let log = |history: &str, purged: u64, last_time_us| Log {
-            history: history.into(),
-            running: Vec::new(),
+    fn position_is_rejected_unless_the_log_has_every_later_change() {
+        let (position, _) = position(10, &BTreeSet::from([5]));
+        let log = |origin: &str, purged: u64, last_time_us| LogState {
+            origin: origin.into(),
+            in_flight_xids: Vec::new(),
             purged: TransactionStamp { xid: purged, time_us: 7 },
             last_time_us,
         };
-        assert_eq!(point.check(&log("1 2 3", 4, Some(7))), Ok(()));
-        assert_eq!(point.check(&log("1 2 3", 5, Some(7))), Err(Error::ResumeTokenExpired));
-        assert_eq!(point.check(&log("1 2 3", 11, None)), Err(Error::ResumeTokenExpired));
-        assert_eq!(point.check(&log("1 2 4", 4, Some(7))), Err(Error::ResumeTokenForeign));
-        assert_eq!(point.check(&log("1 2 3", 4, Some(8))), Err(Error::ResumeTokenForeign));
-        assert_eq!(point.check(&log("1 2 3", 4, None)), Err(Error::ResumeTokenForeign));
-        // With all that was seen purged, and nothing else, it is still good.
-        let idle = LogPosition { unseen: Vec::new(), ..point };
+        assert_eq!(position.check(&log("1 2 3", 4, Some(7))), Ok(()));
+        assert_eq!(position.check(&log("1 2 3", 5, Some(7))), Err(Error::ResumeTokenExpired));
+        assert_eq!(position.check(&log("1 2 3", 11, None)), Err(Error::ResumeTokenExpired));
+        assert_eq!(position.check(&log("1 2 4", 4, Some(7))), Err(Error::ResumeTokenForeign));
+        assert_eq!(position.check(&log("1 2 3", 4, Some(8))), Err(Error::ResumeTokenForeign));
+        assert_eq!(position.check(&log("1 2 3", 4, None)), Err(Error::ResumeTokenForeign));
+        // If exactly the included changes are purged, the position is still valid.
+        let idle = LogPosition { in_flight_xids: Vec::new(), ..position };
         assert_eq!(idle.check(&log("1 2 3", 10, None)), Ok(()));
     }
 }

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::error::{Error, Violation};
 use crate::model::fields::{Fields, is_unfiltered};
 use crate::model::page::{Order, Page, Selection};
-use crate::model::position::{LogPosition, Token};
+use crate::model::position::{LogPosition, ResumeToken};
 use crate::model::user::NewUser;
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
@@ -192,15 +192,15 @@ impl Watch {
     fn resume(token: &str, filter: Option<Selection>, selection: Selection) -> Option<Self> {
         let token = match (LogPosition::from_token(token), &filter) {
             // A token of another rpc goes with every filter.
-            (Some(point), _) => Token { point, page_token: None },
-            (None, Some(filter)) => Token::parse(&filter.open_watch(token)?)?,
-            (None, None) => Token::parse(token)?,
+            (Some(position), _) => ResumeToken { position, page_token: None },
+            (None, Some(filter)) => ResumeToken::parse(&filter.decode_watch_token(token)?)?,
+            (None, None) => ResumeToken::parse(token)?,
         };
-        let Token { point, page_token } = token;
+        let ResumeToken { position, page_token } = token;
         let initial_state = match page_token {
             Some(token) => Some(selection.page_after(&token, INITIAL_STATE_PAGE_SIZE)?),
             None => None,
         };
-        Some(Self { filter, position: Some(point), initial_state })
+        Some(Self { filter, position: Some(position), initial_state })
     }
 }

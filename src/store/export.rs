@@ -24,7 +24,7 @@ use crate::error::{Access, Error};
 use crate::limits::StreamLimiter;
 use crate::model::stream::Export;
 use crate::pb;
-use crate::store::change_log::{NOW, position_from_rows};
+use crate::store::change_log::{CURRENT_POSITION, position_from_rows};
 use crate::store::list;
 use crate::store::pool::{self, Db};
 use crate::store::user_row::{user_columns, user_from_row};
@@ -126,7 +126,7 @@ impl Session {
         );
         let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
-        let now = self.client.query(NOW, &[]).await.map_err(refused)?;
+        let now = self.client.query(CURRENT_POSITION, &[]).await.map_err(refused)?;
         // A standby has no point; without one, whoever watches on would miss something.
         let point = position_from_rows(&now)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;

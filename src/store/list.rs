@@ -76,7 +76,7 @@ const USERNAME_ASC: Statements =
 
 /// The position in history from which a watch continues, and statistics.
 const BEGINNING: &str = concat!(
-    "select here.*, greatest(reltuples, 0)::bigint from pg_class left join ",
+    "select log_position.*, greatest(reltuples, 0)::bigint from pg_class left join ",
     current_position!(),
     " on true where pg_class.oid = 'users'::regclass"
 );

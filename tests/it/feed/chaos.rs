@@ -1,7 +1,7 @@
-//! The mirror under fire: everything that can go wrong does, at random, and at the end
-//! the mirrors equal the table.
+//! A chaos test of mirrors: random writes, crashes and disconnects, after which every mirror
+//! equals the table.
 //!
-//! `WATCH_FIRE_SECONDS` and `WATCH_FIRE_SEED` make it longer, and the same again.
+//! `CHAOS_SECONDS` sets its duration, `CHAOS_SEED` repeats a run.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -31,23 +31,24 @@ use crate::mirror::Mirror;
 use crate::support::*;
 
 const WRITERS: u64 = 16;
-/// Few enough for writers to meet.
+/// Few enough for writers to conflict.
 const USERS: usize = 60;
 
-/// Where the two replicas listen, and what all share.
+/// The state that all tasks share.
 struct Scene {
+    /// The addresses of the two replicas.
     addrs: Mutex<[String; 2]>,
     ids: Vec<String>,
     is_over: AtomicBool,
-    /// The kinds of writes of which one succeeded.
+    /// The kinds of writes that succeeded at least once.
     written: Mutex<HashSet<&'static str>>,
-    /// Calls that did not end. One may be due to the client: hyper 1.12 lets a call wait for
-    /// ever, one in some 100,000 whose connection is closed as they begin, by whatever server.
+    /// Requests without a response. One is accepted: hyper 1.12 sometimes never completes a
+    /// request if the server closes the connection as it begins, about one in 100,000.
     unanswered: AtomicU32,
 }
 
 impl Scene {
-    /// One of the replicas, if it can be reached.
+    /// Connects to a random replica.
     async fn client(&self, rng: &mut StdRng) -> Option<UserServiceClient<Channel>> {
         let addr = self.addrs.lock().unwrap()[rng.random_range(0..2_usize)].clone();
         let endpoint = Endpoint::try_from(format!("http://{addr}")).unwrap();
@@ -60,7 +61,7 @@ impl Scene {
     }
 }
 
-/// Does anything at all to any user, and does not care what comes of it.
+/// Sends random writes to random users, and ignores errors.
 async fn write(scene: Arc<Scene>, mut rng: StdRng) {
     while !scene.is_over() {
         let Some(mut client) = scene.client(&mut rng).await else {
@@ -100,7 +101,7 @@ async fn write(scene: Arc<Scene>, mut rng: StdRng) {
                     _ => ("expunge", client.expunge_user(expunge(&id)).await.map(drop)),
                 }
             };
-            // The service gives a call 30 s.
+            // The request timeout of the service is 30 s.
             let Ok((what, outcome)) = tokio::time::timeout(Duration::from_secs(60), call).await else {
                 scene.unanswered.fetch_add(1, Ordering::Relaxed);
                 break;
@@ -114,17 +115,17 @@ async fn write(scene: Arc<Scene>, mut rng: StdRng) {
     }
 }
 
-/// Imports a user; it is an error if it was not let in.
+/// Imports a user. Fails if the user is rejected.
 async fn import(client: &mut UserServiceClient<Channel>, user: pb::User) -> Result<(), Status> {
     let mode = pb::ImportMode::Overwrite.into();
     let request = pb::ImportUsersRequest { import_id: new_request_id(), chunk: 1, mode, users: vec![user] };
     let mut acks = client.import_users(stream::iter([request])).await?.into_inner();
     let ack = acks.message().await?.ok_or_else(|| Status::unavailable("no acknowledgement"))?;
-    if ack.failures.is_empty() { Ok(()) } else { Err(Status::already_exists("refused")) }
+    if ack.failures.is_empty() { Ok(()) } else { Err(Status::already_exists("rejected")) }
 }
 
-/// Transactions that take their time, of several users each, some of which roll back.
-/// Soft-deleted users that they meet are due to be purged.
+/// Runs long transactions on several users each; some roll back. Makes the soft-deleted users
+/// among them due for purging.
 async fn write_slowly(scene: Arc<Scene>, database: Database, mut rng: StdRng) {
     while !scene.is_over() {
         let Ok((client, connection)) = database.config().connect(tokio_postgres::NoTls).await else {
@@ -149,7 +150,7 @@ async fn write_slowly(scene: Arc<Scene>, database: Database, mut rng: StdRng) {
                 );
             }
             sql += if rng.random_bool(0.7) { "commit" } else { "rollback" };
-            // Two of these can be each other's deadlock.
+            // Two of these transactions can deadlock.
             if client.batch_execute(&sql).await.is_err() {
                 let _ = client.batch_execute("rollback").await;
             }
@@ -157,7 +158,7 @@ async fn write_slowly(scene: Arc<Scene>, database: Database, mut rng: StdRng) {
     }
 }
 
-/// Follows at random replicas, is cut off at random moments, and goes on at random tokens.
+/// Watches random replicas for random times, and resumes from random tokens.
 async fn follow(scene: Arc<Scene>, mirror: Arc<Mutex<Mirror>>, mut rng: StdRng) {
     let mut tokens = Vec::new();
     let mut copy = Mirror::of(mirror.lock().unwrap().filter.clone());
@@ -181,18 +182,18 @@ async fn follow(scene: Arc<Scene>, mirror: Arc<Mutex<Mirror>>, mut rng: StdRng) 
                 tokens.push(mirror.resume_token.clone());
             }
         };
-        let patience = Duration::from_millis(rng.random_range(1..1000));
-        if let Ok(Err(status)) = tokio::time::timeout(patience, copy.follow(&mut client, applied)).await {
-            // No token is ever refused, whatever crashes.
-            let is_passing =
+        let timeout = Duration::from_millis(rng.random_range(1..1000));
+        if let Ok(Err(status)) = tokio::time::timeout(timeout, copy.follow(&mut client, applied)).await {
+            // No token is ever rejected.
+            let retryable =
                 [Code::Unavailable, Code::Unknown, Code::Internal, Code::ResourceExhausted, Code::Cancelled];
-            assert!(is_passing.contains(&status.code()), "{status:?}");
+            assert!(retryable.contains(&status.code()), "{status:?}");
         }
     }
     *mirror.lock().unwrap() = copy;
 }
 
-/// PostgreSQL goes without a word, and leaves its log to recover from.
+/// Kills PostgreSQL, which recovers from its WAL at the next start.
 pub async fn crash(dir: &Path) {
     let pid = fs::read_to_string(dir.join("data/postmaster.pid")).unwrap();
     let pid = pid.lines().next().unwrap().to_owned();
@@ -201,14 +202,14 @@ pub async fn crash(dir: &Path) {
     eventually("PostgreSQL is gone", is_gone).await;
 }
 
-/// The directory can be locked for a moment longer than its owner lives, by a process
-/// that another test is just beginning.
+/// Starts PostgreSQL again. A child process of another test can hold the lock of the directory
+/// for a moment.
 pub async fn start_again(dir: &Path) -> Embedded {
     eventually("PostgreSQL starts again", async || Embedded::start(dir).await.ok()).await
 }
 
-/// Kills servers and crashes PostgreSQL until it is over.
-async fn wreak_havoc(
+/// Stops servers, crashes PostgreSQL and terminates connections at random until `until`.
+async fn inject_faults(
     scene: &Scene,
     database: &Database,
     servers: &mut [Server; 2],
@@ -249,7 +250,7 @@ async fn start(database: &Database) -> Server {
     .await
 }
 
-/// What the mirrors are of.
+/// The filters of the mirrors.
 fn filters() -> [Option<pb::UserFilter>; 4] {
     let live = pb::UserFilter::default();
     let username_prefix = user("name1").username;
@@ -261,7 +262,7 @@ fn filters() -> [Option<pb::UserFilter>; 4] {
     ]
 }
 
-fn is_meant(filter: Option<&pb::UserFilter>, user: &pb::User) -> bool {
+fn matches(filter: Option<&pb::UserFilter>, user: &pb::User) -> bool {
     filter.is_none_or(|filter| {
         user.username.starts_with(&filter.username_prefix)
             && (filter.include_deleted || user.delete_time.is_none())
@@ -269,12 +270,12 @@ fn is_meant(filter: Option<&pb::UserFilter>, user: &pb::User) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[expect(clippy::print_stdout, reason = "whoever sees it fail needs the seed")]
-async fn at_the_end_the_mirrors_equal_the_table() {
+#[expect(clippy::print_stdout, reason = "a failure is repeated with its seed")]
+async fn mirrors_equal_the_table_after_random_faults() {
     let setting = |name| env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
-    let seed = setting("WATCH_FIRE_SEED").unwrap_or_else(rand::random);
-    let duration = Duration::from_secs(setting("WATCH_FIRE_SECONDS").unwrap_or(20));
-    println!("WATCH_FIRE_SEED={seed}");
+    let seed = setting("CHAOS_SEED").unwrap_or_else(rand::random);
+    let duration = Duration::from_secs(setting("CHAOS_SECONDS").unwrap_or(20));
+    println!("CHAOS_SEED={seed}");
     let rng = |n: u64| StdRng::seed_from_u64(seed.wrapping_add(n));
 
     let dir = TempDir::with_prefix("pg-").unwrap();
@@ -297,12 +298,12 @@ async fn at_the_end_the_mirrors_equal_the_table() {
     let mirrors: Vec<_> = mirrors.collect();
 
     let until = Instant::now() + duration;
-    let postgres = wreak_havoc(&scene, &database, &mut servers, postgres, rng(300), until).await;
-    // On a slow machine, PostgreSQL has spent much of that time in recovery.
+    let postgres = inject_faults(&scene, &database, &mut servers, postgres, rng(300), until).await;
+    // On a slow machine, PostgreSQL spends much of the time in recovery.
     let has_all_kinds = async || (scene.written.lock().unwrap().len() == 7).then_some(());
-    eventually("something of each kind was written", has_all_kinds).await;
+    eventually("every kind of write succeeds", has_all_kinds).await;
     let purged = "select count(*) from user_changes where kind = 6";
-    eventually("somebody was purged", async || (database.count(purged).await > 0).then_some(())).await;
+    eventually("a user is purged", async || (database.count(purged).await > 0).then_some(())).await;
     scene.is_over.store(true, Ordering::Relaxed);
     for ended in join_all(writers.into_iter().chain(slow).chain(mirrors)).await {
         ended.unwrap();
@@ -311,8 +312,8 @@ async fn at_the_end_the_mirrors_equal_the_table() {
     let ready = tonic_health::pb::health_check_response::ServingStatus::Serving;
     servers[0].wait_until("", ready).await;
     let due = "select count(*) from users where purge_time <= now()";
-    eventually("all that is due is purged", async || (database.count(due).await == 0).then_some(())).await;
-    assert!(scene.unanswered.load(Ordering::Relaxed) <= 1, "WATCH_FIRE_SEED={seed}");
+    eventually("every due user is purged", async || (database.count(due).await == 0).then_some(())).await;
+    assert!(scene.unanswered.load(Ordering::Relaxed) <= 1, "CHAOS_SEED={seed}");
     let mut client = servers[0].client().await;
     let table = eventually("the table can be read", async || {
         let mut client = client.clone();
@@ -321,7 +322,7 @@ async fn at_the_end_the_mirrors_equal_the_table() {
     .await;
     for copy in copies {
         let mut copy = std::mem::take(&mut *copy.lock().unwrap());
-        // What was committed before is delivered before what is committed now.
+        // Earlier commits are delivered before this one.
         let last = eventually("a last user", async || {
             let mut client = client.clone();
             client.create_user(create(user(&format!("name1last{}", rand::random::<u32>())))).await.ok()
@@ -340,9 +341,9 @@ async fn at_the_end_the_mirrors_equal_the_table() {
         assert!(copy.is_complete);
         copy.users.retain(|id, _| scene.ids.contains(id));
         let mut table = table.clone();
-        table.retain(|_, user| is_meant(copy.filter.as_ref(), user));
+        table.retain(|_, user| matches(copy.filter.as_ref(), user));
         let sorted = |users: HashMap<String, pb::User>| users.into_iter().collect::<BTreeMap<_, _>>();
-        assert_eq!(sorted(copy.users), sorted(table), "WATCH_FIRE_SEED={seed}");
+        assert_eq!(sorted(copy.users), sorted(table), "CHAOS_SEED={seed}");
     }
     drop((client, servers));
     postgres.stop().await.unwrap();

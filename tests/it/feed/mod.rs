@@ -2,4 +2,7 @@
 
 pub mod chaos;
 pub mod watch;
+mod watch_backpressure;
 mod watch_filters;
+mod watch_recovery;
+mod watch_tokens;

@@ -1,11 +1,15 @@
-//! A watch with a filter shows whoever meets it, and of all others no more than their ids.
+//! A watch with a filter delivers the users that match, and at most the ids of other users.
 
 use std::collections::HashMap;
 
 use tonic::{Code, transport::Channel};
-use user_service::pb::{self, user_service_client::UserServiceClient};
+use user_service::pb::{
+    self, ChangeKind,
+    user_change::{Removed, State},
+    user_service_client::UserServiceClient,
+};
 
-use crate::feed::watch::{Watch, from_token, initial_state};
+use crate::feed::watch::{Watch, from_token, initial_state, user_of};
 use crate::mirror::Mirror;
 use crate::support::*;
 
@@ -13,7 +17,11 @@ fn none() -> pb::UserFilter {
     pb::UserFilter::default()
 }
 
-/// Those whom a list with the same filter has.
+fn starting_with(prefix: &str) -> pb::UserFilter {
+    pb::UserFilter { username_prefix: format!("{SECRET}{prefix}"), ..none() }
+}
+
+/// The users of a list with the same filter.
 async fn listed(
     client: &mut UserServiceClient<Channel>,
     filter: &pb::UserFilter,
@@ -27,7 +35,7 @@ async fn listed(
     page.users.into_iter().map(|user| (user.id.clone(), user)).collect()
 }
 
-/// Gives a user another username or e-mail address.
+/// Changes the username or the e-mail address of a user.
 async fn change(client: &mut UserServiceClient<Channel>, id: &str, username: &str, email: &str) {
     let id = id.to_owned();
     let (username, email) = (username.replacen('-', SECRET, 1), email.replacen('-', SECRET, 1));
@@ -35,7 +43,7 @@ async fn change(client: &mut UserServiceClient<Channel>, id: &str, username: &st
     client.update_user(pb::UpdateUserRequest { user, ..Default::default() }).await.unwrap();
 }
 
-/// A filter of each kind. The last two are bounded by users that exist.
+/// Filters of each kind. The bounds of the last two are the times of existing users.
 async fn some_filters(client: &UserServiceClient<Channel>, ids: &[String]) -> [pb::UserFilter; 9] {
     let time_of = async |id: &str| {
         client.clone().get_user(by_id(id)).await.unwrap().into_inner().user.unwrap().create_time
@@ -43,9 +51,9 @@ async fn some_filters(client: &UserServiceClient<Channel>, ids: &[String]) -> [p
     [
         none(),
         pb::UserFilter { include_deleted: true, ..none() },
-        pb::UserFilter { username_prefix: format!("{SECRET}AN"), ..none() },
-        pb::UserFilter { username_prefix: format!("{SECRET}an"), include_deleted: true, ..none() },
-        pb::UserFilter { username_prefix: format!("{SECRET}A\u{308}"), ..none() },
+        starting_with("AN"),
+        pb::UserFilter { include_deleted: true, ..starting_with("an") },
+        starting_with("A\u{308}"),
         pb::UserFilter { email: format!("{SECRET}Bob@EXAMPLE.com"), ..none() },
         pb::UserFilter { email: format!("{SECRET}ANNE@bücher.EXAMPLE"), ..none() },
         pb::UserFilter { create_time_after: time_of(&ids[1]).await, ..none() },
@@ -54,7 +62,7 @@ async fn some_filters(client: &UserServiceClient<Channel>, ids: &[String]) -> [p
 }
 
 #[tokio::test]
-async fn whoever_begins_to_meet_the_filter_comes_and_whoever_ceases_to_goes() {
+async fn filtered_watch_equals_a_filtered_list_after_every_kind_of_change() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("PURGE_INTERVAL_MS", "10")]).await;
     let mut client = server.client().await;
@@ -62,7 +70,7 @@ async fn whoever_begins_to_meet_the_filter_comes_and_whoever_ceases_to_goes() {
     for name in ["ann", "Anna", "bob", "anz"] {
         ids.push(created(&mut client, name).await.id);
     }
-    // What is the same as what is not only for ASCII.
+    // Keys are compared beyond ASCII.
     let (username, email) = (format!("{SECRET}Änne"), format!("{SECRET}anne@BÜCHER.example"));
     client.create_user(create(pb::User { username, email, ..Default::default() })).await.unwrap();
     let mut copies = Vec::new();
@@ -91,7 +99,7 @@ async fn whoever_begins_to_meet_the_filter_comes_and_whoever_ceases_to_goes() {
             }
             8 => database.connect().await.batch_execute(erasable).await.unwrap(),
             9 => drop(client.expunge_user(expunge(&ann)).await.unwrap()),
-            // The same id again, with another create_time.
+            // A new user with the same id has another create_time.
             10 => {
                 let again = create(pb::User { id: ann.clone(), ..user("annagain") });
                 drop(client.create_user(again).await.unwrap());
@@ -102,19 +110,19 @@ async fn whoever_begins_to_meet_the_filter_comes_and_whoever_ceases_to_goes() {
             let filter = mirror.filter.clone().unwrap();
             let what = format!("step {step} reaches the watch of {filter:?}");
             eventually(&what, async || {
-                // A purge takes its time.
+                // The purge of step 8 runs later.
                 if mirror.is_complete && mirror.users == listed(&mut client.clone(), &filter).await {
                     return Some(());
                 }
                 let message = watch.message().await.unwrap();
-                message.changes.iter().for_each(|change| assert_is_told_rightly(change, &filter));
+                message.changes.iter().for_each(|change| assert_matches(change, &filter));
                 mirror.apply(message);
                 None
             })
             .await;
         }
     }
-    // Nothing that comes after that is wrong.
+    // Nothing wrong follows.
     for (watch, mirror) in &mut copies {
         loop {
             let message = watch.message().await.unwrap();
@@ -128,9 +136,8 @@ async fn whoever_begins_to_meet_the_filter_comes_and_whoever_ceases_to_goes() {
     }
 }
 
-fn assert_is_told_rightly(change: &pb::UserChange, filter: &pb::UserFilter) {
-    assert!(change.user.is_none() || !change.removed, "{change:?}");
-    if let Some(user) = &change.user {
+fn assert_matches(change: &pb::UserChange, filter: &pb::UserFilter) {
+    if let Some(user) = user_of(change) {
         let username = user.username.to_lowercase();
         let prefix = filter.username_prefix.to_lowercase().replace("a\u{308}", "ä");
         assert!(username.starts_with(&prefix), "{change:?}");
@@ -143,25 +150,55 @@ fn assert_is_told_rightly(change: &pb::UserChange, filter: &pb::UserFilter) {
     }
 }
 
-#[tokio::test]
-async fn of_those_who_do_not_meet_the_filter_only_the_id_comes() {
-    let (server, _) = server().await;
-    let mut client = server.client().await;
-    let filter = pb::UserFilter { username_prefix: format!("{SECRET}an"), ..none() };
-    let request = pb::WatchUsersRequest { filter: Some(filter), ..Default::default() };
-    let mut watch = Watch::open(&mut client, request).await.unwrap();
-    assert!(watch.message().await.unwrap().bookmark);
-    let (bob, ann) = (created(&mut client, "bob").await, created(&mut client, "ann").await);
-    let changes = watch.changes(2).await;
-    let kind = pb::ChangeKind::Created.into();
-    let stranger = pb::UserChange { kind, id: bob.id, revision: 1, user: None, removed: true };
-    assert_eq!(changes[0], stranger);
-    let known = pb::UserChange { kind, id: ann.id.clone(), revision: 1, user: Some(ann), removed: false };
-    assert_eq!(changes[1], known);
+/// A change whose user was erased or does not match.
+fn removed(kind: ChangeKind, id: &str, revision: i64) -> pb::UserChange {
+    let state = Some(State::Removed(Removed {}));
+    pb::UserChange { kind: kind.into(), id: id.into(), revision, state }
 }
 
 #[tokio::test]
-async fn a_token_belongs_to_its_filter_and_that_of_a_list_or_an_export_to_any() {
+async fn created_user_that_does_not_match_is_left_out_and_later_changes_are_removed() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let request = pb::WatchUsersRequest { filter: Some(starting_with("an")), ..Default::default() };
+    let mut watch = Watch::open(&mut client, request).await.unwrap();
+    assert!(watch.message().await.unwrap().bookmark);
+    let (bob, ann) = (created(&mut client, "bob").await, created(&mut client, "ann").await);
+    let (kind, id) = (ChangeKind::Created.into(), ann.id.clone());
+    let expected = pb::UserChange { kind, id, revision: 1, state: Some(State::User(ann)) };
+    assert_eq!(watch.changes(1).await, [expected]);
+    client.update_user(rename(&bob.id, "Bob")).await.unwrap();
+    assert_eq!(watch.changes(1).await, [removed(ChangeKind::Updated, &bob.id, 2)]);
+    client.expunge_user(expunge(&bob.id)).await.unwrap();
+    assert_eq!(watch.changes(1).await, [removed(ChangeKind::Expunged, &bob.id, 3)]);
+}
+
+#[tokio::test]
+async fn erased_user_is_removed_if_a_user_with_the_same_id_does_not_match() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let filter = Some(starting_with("an"));
+    let id = created(&mut client, "ann").await.id;
+    let request = pb::WatchUsersRequest { filter: filter.clone(), ..initial_state() };
+    let mut live = Watch::open(&mut client, request).await.unwrap();
+    let mut mirror = Mirror::of(filter.clone());
+    while !mirror.is_complete {
+        mirror.apply(live.message().await.unwrap());
+    }
+    assert_eq!(mirror.users.len(), 1);
+    client.expunge_user(expunge(&id)).await.unwrap();
+    client.create_user(create(pb::User { id: id.clone(), ..user("bob") })).await.unwrap();
+    let request = pb::WatchUsersRequest { filter, ..from_token(&mirror.resume_token) };
+    let mut resumed = Watch::open(&mut client, request).await.unwrap();
+    for watch in [&mut live, &mut resumed] {
+        assert_eq!(watch.changes(1).await, [removed(ChangeKind::Expunged, &id, 2)]);
+        // Nothing follows.
+        while !watch.message().await.unwrap().bookmark {}
+    }
+}
+
+#[tokio::test]
+async fn resume_token_requires_its_filter_and_watch_token_accepts_any() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let before = client.list_users(pb::ListUsersRequest::default()).await.unwrap().into_inner().watch_token;
@@ -170,12 +207,18 @@ async fn a_token_belongs_to_its_filter_and_that_of_a_list_or_an_export_to_any() 
     for name in ["ann", "bob"] {
         created(&mut client, name).await;
     }
-    let prefix = |text: &str| pb::UserFilter { username_prefix: format!("{SECRET}{text}"), ..none() };
     let all = pb::UserFilter { include_deleted: true, ..none() };
-    let filters = [None, Some(all), Some(none()), Some(prefix("an")), Some(prefix("AN")), Some(prefix("bo"))];
-    // Which of them mean the same.
+    let filters = [
+        None,
+        Some(all),
+        Some(none()),
+        Some(starting_with("an")),
+        Some(starting_with("AN")),
+        Some(starting_with("bo")),
+    ];
+    // Equal numbers are equivalent filters.
     let meanings = [0, 0, 1, 2, 2, 3];
-    // Within the initial state, and behind it.
+    // Within the initial state and after it.
     for messages in [1, 2] {
         for (filter, meaning) in filters.iter().zip(meanings) {
             let request = pb::WatchUsersRequest { filter: filter.clone(), ..initial_state() };
@@ -197,14 +240,17 @@ async fn a_token_belongs_to_its_filter_and_that_of_a_list_or_an_export_to_any() 
     }
     for token in [&before, &exported] {
         for filter in &filters {
+            // A created user that does not match is left out.
+            let has_prefix = filter.as_ref().is_some_and(|filter| !filter.username_prefix.is_empty());
             let request = pb::WatchUsersRequest { filter: filter.clone(), ..from_token(token) };
-            Watch::open(&mut client, request).await.unwrap().changes(2).await;
+            let mut watch = Watch::open(&mut client, request).await.unwrap();
+            watch.changes(if has_prefix { 1 } else { 2 }).await;
         }
     }
 }
 
 #[tokio::test]
-async fn a_filter_that_no_index_serves_or_that_is_wrong_is_refused_by_its_field() {
+async fn unsupported_and_invalid_filters_are_rejected_with_the_field() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let an = || pb::UserFilter { username_prefix: "an".into(), ..none() };

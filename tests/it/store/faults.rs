@@ -16,7 +16,7 @@ use tonic_types::StatusExt;
 use user_service::pb;
 use user_service::store::dev_postgres::Embedded;
 
-use crate::feed::watch::{Watch, from_token};
+use crate::feed::watch::{Watch, from_token, user_of};
 use crate::support::*;
 
 /// A failure that says: not now, come back.
@@ -209,7 +209,7 @@ async fn who_watches_or_resumes_misses_nothing_when_the_schema_outgrows_the_stat
     resumed.changes(1).await;
     client.update_user(rename(&id, "New")).await.unwrap();
     for watch in [&mut watch, &mut resumed] {
-        assert_eq!(watch.changes(1).await[0].user.as_ref().unwrap().display_name, "New");
+        assert_eq!(user_of(&watch.changes(1).await[0]).unwrap().display_name, "New");
     }
 }
 

@@ -1,0 +1,201 @@
+//! Every token resumes exactly after its changes, or is rejected.
+
+use std::collections::HashSet;
+
+use tonic::{Code, transport::Channel};
+use user_service::model::token::{decode_token, encode_token};
+use user_service::pb::{self, user_service_client::UserServiceClient};
+
+use crate::feed::watch::{Watch, from_token, insert, user_of};
+use crate::support::*;
+
+#[tokio::test]
+async fn list_token_resumes_exactly_where_the_list_began() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let before = created(&mut client, "before").await;
+    let list = client.list_users(pb::ListUsersRequest::default()).await.unwrap().into_inner();
+    assert_eq!(list.users, [before]);
+    let after = created(&mut client, "after").await;
+    let mut watch = Watch::resumed(&mut client, &list.watch_token).await.unwrap();
+    let changes = watch.changes(1).await;
+    assert_eq!(user_of(&changes[0]), Some(&after));
+}
+
+#[tokio::test]
+async fn invalid_and_foreign_tokens_are_rejected_with_instructions() {
+    let (server, database) = server().await;
+    let (other_server, _) = crate::support::server().await;
+    let mut client = server.client().await;
+    let mut other = other_server.client().await;
+    created(&mut client, "alice").await;
+    let token = Watch::from_now(&mut client).await.token;
+
+    let mut bad: Vec<String> = (1..token.len()).map(|n| token[..n].to_owned()).collect();
+    bad.extend((0..token.len() - 1).map(|n| {
+        let mut bytes = token.clone().into_bytes();
+        bytes[n] = if bytes[n] == b'A' { b'B' } else { b'A' };
+        String::from_utf8(bytes).unwrap()
+    }));
+    bad.extend(["x", "AAAA", "%00", "\u{202e}", "' or 1=1 --"].map(str::to_owned));
+    bad.push("A".repeat(100_000));
+    // Forged tokens: the checksum is valid, the position is not.
+    for text in [
+        "",
+        "1 2 3|4 5||x",
+        "1 2 3|4 5|9|",
+        "1 2 3|18446744073709551615 5||",
+        "1 2 3|1 9223372036854775807||",
+    ] {
+        bad.push(encode_token(b"watch", text.as_bytes()));
+    }
+    for token in bad {
+        let refused = Watch::resumed(&mut client, &token).await.map(drop);
+        let status = assert_refused(refused, Code::InvalidArgument, "RESUME_TOKEN_INVALID");
+        assert_eq!(violations(&status), [("resume_token".into(), "RESUME_TOKEN_INVALID".into())]);
+        assert!(status.message().contains("send_initial_state"));
+    }
+    let both = pb::WatchUsersRequest { send_initial_state: true, ..from_token(&token) };
+    let status = assert_refused(
+        Watch::open(&mut client, both).await.map(drop),
+        Code::InvalidArgument,
+        "FIELD_INVALID",
+    );
+    assert_eq!(violations(&status)[0].0, "send_initial_state");
+
+    let foreign = async |client: &mut UserServiceClient<Channel>, token: &str| {
+        let refused = Watch::resumed(client, token).await.map(drop);
+        let status = assert_refused(refused, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
+        assert!(status.message().contains("send_initial_state"));
+    };
+    // Another database of the cluster, another timeline, a position in the future.
+    foreign(&mut other, &token).await;
+    let text = String::from_utf8(decode_token(b"watch", &token).unwrap()).unwrap();
+    foreign(&mut client, &encode_token(b"watch", text.replacen(" 00000001|", " 00000002|", 1).as_bytes()))
+        .await;
+    let (origin, rest) = text.split_once('|').unwrap();
+    let future = format!("{origin}|9999999 {}", rest.split_once(' ').unwrap().1);
+    foreign(&mut client, &encode_token(b"watch", future.as_bytes())).await;
+    // A database restored from a backup that is older than the token: another transaction has
+    // the same id, or there is no such change.
+    let admin = database.connect().await;
+    admin.batch_execute("update user_changes set time = time + interval '1 hour'").await.unwrap();
+    foreign(&mut client, &token).await;
+    admin.batch_execute("delete from user_changes").await.unwrap();
+    foreign(&mut client, &token).await;
+}
+
+#[tokio::test]
+async fn old_changes_are_purged_and_tokens_before_them_expire() {
+    let database = Database::migrated().await;
+    let settings = [("CHANGE_RETENTION_HOURS", "1"), ("PURGE_INTERVAL_MS", "10")];
+    let server = Server::start(&database, &settings).await;
+    let mut client = server.client().await;
+    let before = Watch::from_now(&mut client).await.token;
+    // The lock of a running purge keeps the server from purging.
+    let admin = database.connect().await;
+    admin.batch_execute("select pg_advisory_lock(hashtext('user-service purge'))").await.unwrap();
+    insert(&database, "old", 3, 400).await;
+    let age = "update user_changes set time = now() - interval '61 minutes'";
+    admin.batch_execute(age).await.unwrap();
+    let after = Watch::from_now(&mut client).await.token;
+    admin.batch_execute("select pg_advisory_unlock_all()").await.unwrap();
+    let left = async || database.count("select count(*) from user_changes").await;
+    eventually("the old changes are purged", async || (left().await == 0).then_some(())).await;
+
+    let refused = Watch::resumed(&mut client, &before).await.map(drop);
+    let status = assert_refused(refused, Code::OutOfRange, "RESUME_TOKEN_EXPIRED");
+    assert!(status.message().contains("send_initial_state"));
+    // A token after the purged changes is still valid.
+    let mut resumed = Watch::resumed(&mut client, &after).await.unwrap();
+    assert!(resumed.message().await.unwrap().bookmark);
+    let id = created(&mut client, "new").await.id;
+    assert_eq!(resumed.changes(1).await[0].id, id);
+
+    // While an older transaction is in flight, nothing after it is purged.
+    let slow = database.connect().await;
+    slow.batch_execute("begin; select pg_current_xact_id()").await.unwrap();
+    insert(&database, "older", 1, 10).await;
+    admin.batch_execute(age).await.unwrap();
+    for _ in 0..2 {
+        // Each run purges request ids just before changes.
+        admin
+            .batch_execute(
+                "insert into requests values (gen_random_uuid(), '', false, gen_random_uuid(), now())",
+            )
+            .await
+            .unwrap();
+        let requests = "select count(*) from requests";
+        eventually("the purge runs again", async || (database.count(requests).await == 0).then_some(()))
+            .await;
+    }
+    assert!(left().await >= 10);
+    slow.batch_execute("rollback").await.unwrap();
+    eventually("the remaining changes are purged", async || (left().await == 0).then_some(())).await;
+}
+
+#[tokio::test]
+async fn large_transaction_is_split_and_only_its_last_message_advances_the_token() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let mut watch = Watch::from_now(&mut client).await;
+    let token = watch.token.clone();
+    insert(&database, "user", 1, 20_000).await;
+    let mut resumed = Watch::resumed(&mut client, &token).await.unwrap();
+    for watch in [&mut watch, &mut resumed] {
+        let mut ids = HashSet::new();
+        while ids.len() < 20_000 {
+            assert!(watch.token == token || ids.is_empty());
+            let changes = watch.message().await.unwrap().changes;
+            assert!(changes.len() <= 32, "{}", changes.len());
+            ids.extend(changes.into_iter().map(|change| change.id));
+        }
+        let mut behind = Watch::resumed(&mut client, &watch.token).await.unwrap();
+        assert!(behind.message().await.unwrap().bookmark);
+    }
+}
+
+#[tokio::test]
+async fn every_token_resumes_after_the_last_complete_transaction() {
+    let (server, database) = server().await;
+    let mut client = server.client().await;
+    let token = Watch::from_now(&mut client).await.token;
+    insert(&database, "small", 3, 31).await;
+    insert(&database, "large", 1, 100).await;
+    let ends = [0, 31, 62, 93, 193];
+    let ids = |changes: Vec<pb::UserChange>| changes.into_iter().map(|change| change.id).collect::<Vec<_>>();
+    let (mut all, mut tokens) = (Vec::new(), Vec::new());
+    let mut watch = Watch::resumed(&mut client, &token).await.unwrap();
+    while all.len() < 193 {
+        all.extend(ids(watch.message().await.unwrap().changes));
+        tokens.push((watch.token.clone(), all.len()));
+    }
+    assert!(tokens.len() > 5, "{tokens:?}");
+    for (token, seen) in tokens {
+        let end = ends.into_iter().rfind(|end| *end <= seen).unwrap();
+        let mut watch = Watch::resumed(&mut client, &token).await.unwrap();
+        match all.len() - end {
+            0 => assert!(watch.message().await.unwrap().bookmark),
+            count => assert_eq!(ids(watch.changes(count).await), all[end..]),
+        }
+    }
+}
+
+#[tokio::test]
+async fn stopping_server_ends_its_watches_with_tokens_that_another_replica_accepts() {
+    let (mut one, database) = server().await;
+    let two = Server::start(&database, &[]).await;
+    let mut watches = Vec::new();
+    for _ in 0..3 {
+        watches.push(Watch::from_now(&mut one.client().await).await);
+    }
+    one.signal("TERM");
+    assert!(one.ended().await.success());
+    let id = created(&mut two.client().await, "alice").await.id;
+    for mut watch in watches {
+        let status = watch.end().await;
+        assert_refused::<()>(Err(status), Code::Unavailable, "STOPPING");
+        let mut resumed = Watch::resumed(&mut two.client().await, &watch.token).await.unwrap();
+        assert_eq!(resumed.changes(1).await[0].id, id);
+    }
+}
