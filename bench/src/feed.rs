@@ -11,7 +11,7 @@ use futures_util::future::try_join_all;
 use h2::RecvStream;
 use tokio::{runtime, sync::oneshot, task::JoinSet};
 use tokio_postgres::types::ToSql;
-use user_service::pb::{self, user_service_client::UserServiceClient};
+use user_service::pb::{self, user_change::State, user_service_client::UserServiceClient};
 use uuid::Uuid;
 
 use crate::{
@@ -169,7 +169,8 @@ async fn time_changes(
         };
         let now = SystemTime::now();
         for change in message.changes {
-            let time = change.user.and_then(|user| user.update_time).context("a change without user")?;
+            let Some(State::User(user)) = change.state else { bail!("a change without user") };
+            let time = user.update_time.context("a user without update_time")?;
             latencies.push(now.duration_since(time.try_into()?)?.as_secs_f64() * 1e3);
         }
     }

@@ -382,9 +382,9 @@ mod tests {
     #[test]
     fn version_of_the_rules_stands_for_these_unicode_tables() {
         assert_eq!(NORM_VERSION, 1);
-        assert_eq!(unicode_normalization::UNICODE_VERSION, (17, 0, 0));
-        assert_eq!(unicode_properties::UNICODE_VERSION, (17, 0, 0));
-        assert_eq!(unicode_security::UNICODE_VERSION, (17, 0, 0));
+        assert_eq!(unicode_normalization::UNICODE_VERSION, (18, 0, 0));
+        assert_eq!(unicode_properties::UNICODE_VERSION, (18, 0, 0));
+        assert_eq!(unicode_security::UNICODE_VERSION, (18, 0, 0));
     }
 
     proptest! {

@@ -14,16 +14,19 @@ use crate::store::user_row::{USER_COLUMN_COUNT, column, optional_user_from_row, 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[REPLAY];
 
-/// Records the request ids of `accepted`, each hashed with the salts of its users: one a row,
+/// Records the request ids of accepted items, each hashed with the salts of its users: one a row,
 /// or with `$1` one for all rows. A record that another transaction has made since this
 /// statement began is a unique violation; the next attempt sees it and is a retry.
 macro_rules! record_requests {
-    () => {
-        "recorded as (
+    ($from:literal) => {
+        concat!(
+            "recorded as (
     insert into requests (request_id, fingerprint, is_salted, user_id, user_ids, expire_time)
     select request_id, coalesce(sha256(fingerprint || fingerprint_salt), fingerprint),
         fingerprint_salt is not null, user_id, null, now() + interval '24 hours'
-    from accepted where request_id is not null and not $1::boolean
+    from ",
+            $from,
+            " where request_id is not null and not $1::boolean
     union all
     select (array_agg(request_id))[1],
         coalesce(
@@ -32,9 +35,12 @@ macro_rules! record_requests {
         ),
         count(fingerprint_salt) > 0, (array_agg(user_id order by n))[1], array_agg(user_id order by n),
         now() + interval '24 hours'
-    from accepted where request_id is not null and $1::boolean
+    from ",
+            $from,
+            " where request_id is not null and $1::boolean
     having count(*) > 0
 )"
+        )
     };
 }
 pub(crate) use record_requests;

@@ -30,41 +30,37 @@ with turn as materialized (
 )
 select count(*) from gone";
 
-/// Request ids.
-const PURGE_REQUESTS: &str = "
+/// Deletes the expired rows of a table with this key.
+macro_rules! purge_expired {
+    ($table:literal, $key:literal) => {
+        concat!(
+            "
 with turn as materialized (
     select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
 ), due as (
-    select request_id from requests, turn where is_ours and expire_time <= now()
-    order by expire_time limit 500 for update of requests skip locked
+    select ",
+            $key,
+            " from ",
+            $table,
+            " as expired, turn where is_ours and expire_time <= now()
+    order by expire_time limit 500 for update of expired skip locked
 ), gone as (
-    delete from requests using due where requests.request_id = due.request_id returning 1
+    delete from ",
+            $table,
+            " as expired using due where expired.",
+            $key,
+            " = due.",
+            $key,
+            " returning 1
 )
-select count(*) from gone";
+select count(*) from gone"
+        )
+    };
+}
 
-/// Holds of usernames that updates replaced.
-const PURGE_HOLDS: &str = "
-with turn as materialized (
-    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
-), due as (
-    select username_key from username_holds, turn where is_ours and expire_time <= now()
-    order by expire_time limit 500 for update of username_holds skip locked
-), gone as (
-    delete from username_holds using due where username_holds.username_key = due.username_key returning 1
-)
-select count(*) from gone";
-
-/// Chunks of imports.
-const PURGE_IMPORT_CHUNKS: &str = "
-with turn as materialized (
-    select pg_try_advisory_xact_lock(hashtext('user-service purge')) as is_ours
-), due as (
-    select key from import_chunks, turn where is_ours and expire_time <= now()
-    order by expire_time limit 500 for update of import_chunks skip locked
-), gone as (
-    delete from import_chunks using due where import_chunks.key = due.key returning 1
-)
-select count(*) from gone";
+const PURGE_REQUESTS: &str = purge_expired!("requests", "request_id");
+const PURGE_HOLDS: &str = purge_expired!("username_holds", "username_key");
+const PURGE_IMPORT_CHUNKS: &str = purge_expired!("import_chunks", "key");
 
 /// The oldest changes that are older than `$1` hours and whose transactions are not running any
 /// more. The newest of them is recorded, so that older resume tokens are recognised.

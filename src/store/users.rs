@@ -160,50 +160,35 @@ macro_rules! is_username_taken {
     };
 }
 
-/// With `$1`, nothing is accepted unless everything is.
-macro_rules! accepted {
-    () => {
-        concat!(
-            "accepted as (
-    select * from decided where outcome = 0
-        and (not $1::boolean or (select bool_and(outcome = 0) from decided))
-), ",
-            record_requests!()
-        )
-    };
-}
-
 /// Statements on existing users, `$5`. Rows are locked in the order of ids, so that two
-/// statements never wait for each other. `c` is the current user of the item `i`.
+/// statements never wait for each other. `c` is the current user of the item `i`; items without
+/// one are `missing`. With `$1`, nothing is accepted unless everything is.
 macro_rules! on_users {
     (
-        arrays: $arrays:expr, fields: $fields:expr, salt: $salt:expr,
+        arrays: $arrays:expr, fields: $fields:expr, missing: $missing:expr, salt: $salt:expr,
         has_changes: $has_changes:expr, outcome: $outcome:expr, shown: $shown:expr, writes: $writes:expr
     ) => {
         Statement {
-            wait: on_users!("", $arrays, $fields, $salt, $has_changes, $outcome, $shown, $writes),
-            skip: on_users!(" skip locked", $arrays, $fields, $salt, $has_changes, $outcome, $shown, $writes),
+            wait: on_users!("", $arrays, $fields, $missing, $salt, $has_changes, $outcome, $shown, $writes),
+            skip: on_users!(
+                " skip locked", $arrays, $fields, $missing, $salt, $has_changes, $outcome, $shown, $writes
+            ),
         }
     };
     (
-        $lock:literal, $arrays:expr, $fields:expr, $salt:expr, $has_changes:expr, $outcome:expr, $shown:expr,
-        $writes:expr
+        $lock:literal, $arrays:expr, $fields:expr, $missing:expr, $salt:expr, $has_changes:expr,
+        $outcome:expr, $shown:expr, $writes:expr
     ) => {
         concat!(
             input!(concat!("$5::uuid[], ", $arrays), concat!("user_id, ", $fields)),
-            ", current as materialized (
-    select i.n, u.* from input i join users u on u.id = i.user_id
-    order by u.id for update of u",
-            $lock,
-            "
-), decided as materialized (
+            ", decided as materialized (
     select i.*, c.id, ",
             $salt,
             " as fingerprint_salt, c.username_key as old_username_key, c.create_time,
         c.revision as current_revision, d.has_changes, c.revision + d.has_changes::int as revision,
-        case when d.has_changes then greatest(now(), c.update_time) else c.update_time end as update_time, case
+        case when d.has_changes then greatest(now(), c.update_time) else c.update_time end as update_time,
+        case
             when i.is_replay then 1
-            when c.id is null and (select true from users u where u.id = i.user_id) then 2
             ",
             $outcome,
             "
@@ -212,16 +197,42 @@ macro_rules! on_users {
         ",
             $shown,
             "
-    from input i left join current c using (n), lateral (select ",
+    from input i join users c on c.id = i.user_id, lateral (select ",
             $has_changes,
             " as has_changes) as d
+    order by c.id for update of c",
+            $lock,
+            "
+), missing as materialized (
+    select n, request_id, fingerprint, user_id, case
+            when is_replay then 1
+            when (select true from users u where u.id = i.user_id) then 2
+            else ",
+            $missing,
+            "
+        end::smallint as outcome
+    from input i
+    where (select count(*) from decided) < cardinality($5)
+        and not exists (select from decided where decided.n = i.n)
+), accepted as (
+    select * from decided where outcome = 0 and (not $1::boolean or (
+        select bool_and(outcome = 0) from (select outcome from decided union all select outcome from missing) as o
+    ))
+), recordable as (
+    select n, request_id, fingerprint, user_id, fingerprint_salt from accepted
+    union all
+    select n, request_id, fingerprint, user_id, null from missing where outcome = 0 and (not $1 or (
+        select bool_and(outcome = 0) from (select outcome from decided union all select outcome from missing) as o
+    ))
 ), ",
-            accepted!(),
+            record_requests!("recordable"),
             $writes,
             "
 select ",
             user_columns!(),
-            ", n, outcome, current_revision, user_id from decided"
+            ", n, outcome, current_revision, user_id from decided
+union all
+select null, null, null, null, null, null, null, null, null, n, outcome, null, user_id from missing"
         )
     };
 }
@@ -241,8 +252,11 @@ const CREATE: &str = concat!(
             else 0
         end::smallint as outcome
     from input
+), accepted as (
+    select * from decided where outcome = 0
+        and (not $1::boolean or (select bool_and(outcome = 0) from decided))
 ), ",
-    accepted!(),
+    record_requests!("accepted"),
     ", created as (
     ",
     insert_users!("accepted"),
@@ -280,11 +294,11 @@ async fn create_rows(db: &Db, items: &Items<'_, NewUser>) -> Result<Vec<Row>, Er
 const UPDATE: Statement = on_users! {
     arrays: concat!("$6::boolean[], ", patch_arrays!()),
     fields: concat!("is_username_repeated, ", patch_fields!()),
+    missing: "3",
     salt: "c.fingerprint_salt",
     has_changes: has_changes!(),
     outcome: concat!(
-        "when c.id is null then 3
-            when c.delete_time is not null then 4
+        "when c.delete_time is not null then 4
             when i.expected_revision not in (0, c.revision) then 5
             when i.is_username_repeated or i.new_username_key is not null and ",
         is_username_taken!("i.new_username_key", "i.user_id"),
@@ -302,9 +316,12 @@ const UPDATE: Statement = on_users! {
     select old_username_key, id, now() + $7::integer * interval '1 day' from accepted
     where username_key <> old_username_key and not release_username and $7 > 0
     on conflict (username_key) do update set user_id = excluded.user_id, expire_time = excluded.expire_time
-), no_longer_held as (
-    delete from username_holds h using accepted p
-    where h.user_id = p.id and (p.release_username or h.username_key = p.username_key)
+), taken_back as (
+    delete from username_holds where username_key = any (array(
+        select username_key from accepted where username_key <> old_username_key
+    ))
+), released as (
+    delete from username_holds where user_id = any (array(select id from accepted where release_username))
 )"
     )
 };
@@ -323,14 +340,13 @@ async fn update_rows(db: &Db, items: &Items<'_, UserPatch>) -> Result<Vec<Row>, 
     items.run(db, &UPDATE, &patches.ids, &params).await
 }
 
-/// An item whose user does not exist is accepted with `allow_missing`; its row has no user.
 const DELETE: Statement = on_users! {
     arrays: "$6::bigint[], $7::boolean[], $8::boolean[]",
     fields: "expected_revision, allow_missing, release_username",
+    missing: "case when allow_missing then 0 else 3 end",
     salt: "c.fingerprint_salt",
     has_changes: "c.delete_time is null or i.release_username and c.username_held",
-    outcome: "when i.allow_missing and (c.id is null or c.delete_time is not null) then 0
-            when c.id is null then 3
+    outcome: "when i.allow_missing and c.delete_time is not null then 0
             when c.delete_time is not null then 4
             when i.expected_revision not in (0, c.revision) then 5",
     shown: "c.username, c.email, c.display_name, c.delete_time is null as is_live,
@@ -344,9 +360,9 @@ const DELETE: Statement = on_users! {
     from accepted p where u.id = p.id and p.has_changes
 ), change as (
     insert into user_changes (user_id, revision, kind)
-    select id, revision, case when is_live then 3 else 2 end from accepted where id is not null and has_changes
-), no_longer_held as (
-    delete from username_holds h using accepted p where h.user_id = p.id and p.release_username
+    select id, revision, case when is_live then 3 else 2 end from accepted where has_changes
+), released as (
+    delete from username_holds where user_id = any (array(select id from accepted where release_username))
 )"
 };
 
@@ -373,11 +389,11 @@ async fn delete_rows(db: &Db, items: &Items<'_, Removal>) -> Result<Vec<Row>, Er
 const UNDELETE: Statement = on_users! {
     arrays: "$6::bigint[], $7::text[], $8::text[]",
     fields: "expected_revision, new_username, new_username_key",
+    missing: "3",
     salt: "c.fingerprint_salt",
     has_changes: "true",
     outcome: concat!(
-        "when c.id is null then 3
-            when c.delete_time is null then 8
+        "when c.delete_time is null then 8
             when i.expected_revision not in (0, c.revision) then 5
             when not c.username_held and i.new_username_key is null then 9
             when i.new_username_key is not null and ",
@@ -394,8 +410,8 @@ const UNDELETE: Statement = on_users! {
     from accepted p where u.id = p.id
 ), change as (
     insert into user_changes (user_id, revision, kind) select id, revision, 4 from accepted
-), no_longer_held as (
-    delete from username_holds h using accepted p where h.user_id = p.id and h.username_key = p.username_key
+), taken_back as (
+    delete from username_holds where username_key = any (array(select username_key from accepted))
 )"
 };
 
@@ -422,17 +438,17 @@ pub async fn undelete(db: &Db, undelete: &Undelete) -> Result<pb::User, Error> {
 const EXPUNGE: Statement = on_users! {
     arrays: "$6::bigint[], $7::boolean[], $8::boolean[]",
     fields: "expected_revision, allow_missing, force",
+    missing: "case when allow_missing then 0 else 3 end",
     salt: "null::bytea",
     has_changes: "true",
-    outcome: "when c.id is null then case when i.allow_missing then 0 else 3 end
-            when c.delete_time is null and not i.force then 8
+    outcome: "when c.delete_time is null and not i.force then 8
             when i.expected_revision not in (0, c.revision) then 5",
     shown: "c.username, c.email, c.display_name, c.delete_time, c.purge_time",
     writes: ", expunged as (
     delete from users u using accepted p where u.id = p.id
 ), change as (
     insert into user_changes (user_id, revision, kind)
-    select id, revision, 5 from accepted where id is not null
+    select id, revision, 5 from accepted
 )"
 };
 

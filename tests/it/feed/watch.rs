@@ -430,7 +430,7 @@ async fn watch_beyond_the_limit_is_rejected_with_the_limit() {
     let one = Watch::from_now(&mut client).await;
     let _two = Watch::from_now(&mut client).await;
     let refused = Watch::open(&mut client, initial_state()).await.map(drop);
-    let status = assert_refused(refused, Code::ResourceExhausted, "OVERLOADED");
+    let status = assert_refused(refused, Code::Unavailable, "OVERLOADED");
     assert!(status.message().contains('2') && status.get_error_details().retry_info().is_some());
     drop(one);
     let again = async || Watch::open(&mut client.clone(), initial_state()).await.ok().map(drop);

@@ -66,7 +66,10 @@ async fn log_is_not_reset_while_a_restore_is_running() {
     let log = "select count(*) from user_changes";
     for (table, key) in [("users", "id"), ("user_changes", "xid, seq")] {
         // A restore creates the keys after the rows.
-        admin.batch_execute(&format!("alter table {table} drop constraint {table}_pkey")).await.unwrap();
+        admin
+            .batch_execute(&format!("alter table {table} drop constraint {table}_pkey cascade"))
+            .await
+            .unwrap();
         change_log::reset_origin(&database.config()).await.unwrap();
         assert_eq!(database.count(log).await, 1);
         let add = format!("alter table {table} add constraint {table}_pkey primary key ({key})");

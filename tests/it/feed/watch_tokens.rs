@@ -194,7 +194,7 @@ async fn stopping_server_ends_its_watches_with_tokens_that_another_replica_accep
     let id = created(&mut two.client().await, "alice").await.id;
     for mut watch in watches {
         let status = watch.end().await;
-        assert_refused::<()>(Err(status), Code::Unavailable, "STOPPING");
+        assert_refused::<()>(Err(status), Code::Unavailable, "SHUTTING_DOWN");
         let mut resumed = Watch::resumed(&mut two.client().await, &watch.token).await.unwrap();
         assert_eq!(resumed.changes(1).await[0].id, id);
     }
