@@ -22,7 +22,19 @@ macro_rules! user_columns {
         "id, username, email, display_name, create_time, update_time, delete_time, purge_time, revision"
     };
 }
-pub(crate) use user_columns;
+/// The same columns of a row without a user.
+macro_rules! no_user {
+    () => {
+        "null, null, null, null, null, null, null, null, null"
+    };
+}
+/// The fields of the user in `c` that only an update changes, without the username.
+macro_rules! kept_fields {
+    () => {
+        "c.email, c.display_name"
+    };
+}
+pub(crate) use {kept_fields, no_user, user_columns};
 
 pub(crate) const ID: usize = 0;
 pub(crate) const CREATE_TIME: usize = 4;

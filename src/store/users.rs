@@ -22,9 +22,9 @@ use crate::pb;
 use crate::store::idempotency::{Replay, record_requests, replay};
 use crate::store::pool::{Db, Param};
 use crate::store::user_row::{
-    NewUsers, Patches, USER_COLUMN_COUNT, column, has_changes, insert_users, new_user_arrays,
-    new_user_fields, optional_user_from_row, patch_arrays, patch_fields, patched_fields, set_patched_fields,
-    user_columns, user_from_row,
+    NewUsers, Patches, USER_COLUMN_COUNT, column, has_changes, insert_users, kept_fields, new_user_arrays,
+    new_user_fields, no_user, optional_user_from_row, patch_arrays, patch_fields, patched_fields,
+    set_patched_fields, user_columns, user_from_row,
 };
 
 /// Every statement of this file, for preparation.
@@ -232,7 +232,9 @@ select ",
             user_columns!(),
             ", n, outcome, current_revision, user_id from decided
 union all
-select null, null, null, null, null, null, null, null, null, n, outcome, null, user_id from missing"
+select ",
+            no_user!(),
+            ", n, outcome, null, user_id from missing"
         )
     };
 }
@@ -349,9 +351,11 @@ const DELETE: Statement = on_users! {
     outcome: "when i.allow_missing and c.delete_time is not null then 0
             when c.delete_time is not null then 4
             when i.expected_revision not in (0, c.revision) then 5",
-    shown: "c.username, c.email, c.display_name, c.delete_time is null as is_live,
+    shown: concat!(
+        "c.username, ", kept_fields!(), ", c.delete_time is null as is_live,
         coalesce(c.delete_time, now()) as delete_time,
-        coalesce(c.purge_time, now() + interval '30 days') as purge_time",
+        coalesce(c.purge_time, now() + interval '30 days') as purge_time"
+    ),
     writes: ", deleted as (
     update users u set
         delete_time = p.delete_time, purge_time = p.purge_time,
@@ -400,9 +404,11 @@ const UNDELETE: Statement = on_users! {
         is_username_taken!("i.new_username_key", "i.user_id"),
         " then 6"
     ),
-    shown: "coalesce(i.new_username, c.username) as username,
+    shown: concat!(
+        "coalesce(i.new_username, c.username) as username,
         coalesce(i.new_username_key, c.username_key) as username_key,
-        c.email, c.display_name, null::timestamptz as delete_time, null::timestamptz as purge_time",
+        ", kept_fields!(), ", null::timestamptz as delete_time, null::timestamptz as purge_time"
+    ),
     writes: ", undeleted as (
     update users u set
         username = p.username, username_key = p.username_key, username_held = true,
@@ -443,7 +449,7 @@ const EXPUNGE: Statement = on_users! {
     has_changes: "true",
     outcome: "when c.delete_time is null and not i.force then 8
             when i.expected_revision not in (0, c.revision) then 5",
-    shown: "c.username, c.email, c.display_name, c.delete_time, c.purge_time",
+    shown: concat!("c.username, ", kept_fields!(), ", c.delete_time, c.purge_time"),
     writes: ", expunged as (
     delete from users u using accepted p where u.id = p.id
 ), change as (
