@@ -1,5 +1,4 @@
-//! The way to PostgreSQL: the pool, what a statement goes through, the
-//! migrations.
+//! Connections to PostgreSQL: the pool, and how a statement runs on it.
 
 use std::{
     io,
@@ -34,15 +33,15 @@ use crate::config::Config;
 use crate::error::{Access, Error, is_connection_lost};
 use crate::telemetry::describe;
 
-/// Opening a connection up to the login, and from there to the last prepared statement.
+/// Limit of opening a connection up to the login, and again of preparing all statements.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Asking PostgreSQL to cancel a statement.
+/// Limit of asking PostgreSQL to cancel a statement.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection is closed when it is this old, so that connections spread over
-/// what stands behind the address, and a backend's memory does not only grow.
+/// The age at which an idle connection is closed, so that connections spread over the servers
+/// behind an address, and the memory of a backend does not only grow.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
-/// How often to look for such, and which part of all is closed at a time, so that calls
-/// find others.
+/// How often old connections are looked for, and which part of the pool may be closed at a time,
+/// so that statements find others.
 const RETIRE_INTERVAL: Duration = Duration::from_secs(60);
 const RETIRED_PART: usize = 10;
 /// A parameter of a statement.
@@ -50,21 +49,21 @@ pub type Param<'a> = &'a (dyn ToSql + Sync);
 /// The parameters of a statement, `$1` first.
 pub type Params<'a> = &'a [Param<'a>];
 
-/// The database, as far as calls need it: statements, each on a connection of its own, and
-/// connections for those who have several.
+/// The database as the rest of the service sees it: statements, each on a pooled connection, and
+/// connections for several statements.
 #[derive(Debug)]
 pub struct Db {
     pool: Pool,
     max_waiting: usize,
-    /// For the tasks that open connections.
+    /// Limits the tasks that open connections.
     openers: Arc<Semaphore>,
-    /// Connections whose statement nobody waits for any more.
+    /// Connections whose statement has lost its caller.
     abandoned: mpsc::UnboundedSender<Object>,
-    /// Set once the schema is there; calls that come earlier are refused.
+    /// Set once the schema is current; earlier requests are rejected.
     is_migrated: AtomicBool,
     /// How long the username that an update replaces stays held.
     pub username_hold_days: i32,
-    /// Told of every write that was committed. That costs a write an atomic or two.
+    /// Notified of every committed write, which costs the write one or two atomic operations.
     pub committed: Notify,
 }
 
@@ -72,22 +71,21 @@ pub struct Db {
 pub type Abandoned = mpsc::UnboundedReceiver<Object>;
 
 impl Db {
-    /// A pool, without any connection yet. Every connection prepares
-    /// `statements` when it is opened, so that a statement that does not fit the
-    /// schema is found at the start.
+    /// A pool without connections. Every new connection prepares `statements`, so that a statement
+    /// that does not fit the schema is found at the start.
     pub fn new(
         config: &Config,
         postgres: tokio_postgres::Config,
         statements: &[&'static str],
     ) -> anyhow::Result<(Self, Abandoned)> {
-        // Fast: a connection that broke is known to be closed without asking.
+        // Fast: the driver knows that a broken connection is closed.
         let recycling_method = RecyclingMethod::Fast;
         let manager = Manager::from_config(postgres, NoTls, ManagerConfig { recycling_method });
         let session: Arc<str> = session_settings(config.request_timeout_ms, config.lock_timeout_ms).into();
         let statements: Arc<[&str]> = statements.into();
         let pool = Pool::builder(manager)
             .max_size(config.pool_size)
-            // The one that came back last: what it needs is still in its caches.
+            // The connection that was used last has warm caches.
             .queue_mode(QueueMode::Lifo)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_millis(config.pool_acquire_timeout_ms)))
@@ -96,7 +94,7 @@ impl Db {
             .post_create(Hook::async_fn(move |client: &mut ClientWrapper, _| {
                 let (session, statements) = (Arc::clone(&session), Arc::clone(&statements));
                 Box::pin(async move {
-                    // All in one round trip: the client sends them without waiting.
+                    // One round trip: the client sends all without waiting.
                     let prepared =
                         future::try_join_all(statements.iter().map(|sql| client.prepare_cached(sql)));
                     let made = future::try_join(client.batch_execute(&session), prepared);
@@ -133,7 +131,7 @@ impl Db {
         let wait = started.elapsed();
         let mut result = connection.query(access, sql, params).await;
         if result.as_ref().is_err_and(is_stale_statement) {
-            // The schema changed under the prepared statement, which did nothing.
+            // The schema changed under the prepared statement, which has done nothing.
             let _ = connection.release(access, result);
             connection = self.connection().await?;
             result = connection.query(access, sql, params).await;
@@ -152,13 +150,13 @@ impl Db {
         Ok(rows)
     }
 
-    /// Refuses what comes before the schema is there.
+    /// Fails until the schema is current.
     pub fn ensure_migrated(&self) -> Result<(), Error> {
         let is_migrated = self.is_migrated.load(Ordering::Acquire);
         is_migrated.then_some(()).ok_or(Error::DatabaseUnavailable)
     }
 
-    /// A connection on loan, for several statements.
+    /// A pooled connection for several statements.
     pub(crate) async fn connection(&self) -> Result<Connection<'_>, Error> {
         self.ensure_migrated()?;
         let status = self.pool.status();
@@ -168,8 +166,8 @@ impl Db {
         let may_open = status.available == 0 && status.size < status.max_size;
         let opener = may_open.then(|| Arc::clone(&self.openers).try_acquire_owned().ok()).flatten();
         let got = match opener {
-            // A call that runs out of time must not take with it what it has begun to
-            // open: there might never be a connection again.
+            // A request that runs out of time must not close the connection that it has begun to
+            // open: under steady load of such requests, none would ever be opened.
             Some(opener) => {
                 let pool = self.pool.clone();
                 #[expect(clippy::disallowed_methods, reason = "it may end with the runtime")]
@@ -182,15 +180,15 @@ impl Db {
             Ok(object) => Ok(Connection { object: Some(object), is_idle: true, db: self }),
             Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Overloaded),
             Err(error) => {
-                // The loss of the database is logged once, by its health.
+                // The health check logs the loss of the database, once.
                 tracing::debug!(error = describe(&error), "no connection");
                 Err(Error::DatabaseUnavailable)
             }
         }
     }
 
-    /// Closes the idle connections if statements are stale: all others are as old, and the
-    /// next one is not.
+    /// Closes idle connections if the error says that prepared statements are stale: the other
+    /// connections are as old as this one.
     pub(crate) fn invalidate_statements(&self, error: &tokio_postgres::Error) -> bool {
         let is_stale = is_stale_statement(error);
         if is_stale {
@@ -200,26 +198,26 @@ impl Db {
         is_stale
     }
 
-    /// A connection to keep, with everything prepared. It is none of the pool's any more.
+    /// A connection that is taken out of the pool, with everything prepared.
     pub(crate) async fn own_connection(&self) -> anyhow::Result<ClientWrapper> {
         Ok(Object::take(self.pool.get().await?))
     }
 
-    /// Opens a connection, which finds out whether the statements fit the schema;
-    /// from then on, calls are let through.
+    /// Opens a connection, which verifies that all statements fit the schema, and accepts requests
+    /// from then on.
     pub async fn verify_schema(&self) -> anyhow::Result<()> {
         drop(self.pool.get().await?);
         self.is_migrated.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Opens the other connections, so that no call has to.
+    /// Opens all connections, so that no request has to.
     pub async fn prewarm(&self) {
         let opened = future::join_all((0..self.pool.status().max_size).map(|_| self.pool.get())).await;
-        tracing::debug!(connections = opened.iter().flatten().count(), "warm");
+        tracing::debug!(connections = opened.iter().flatten().count(), "pool ready");
     }
 
-    /// Closes connections that are too old, when they are idle; for ever.
+    /// Closes idle connections that are too old; never returns.
     pub async fn retire_connections(&self) {
         loop {
             time::sleep(RETIRE_INTERVAL).await;
@@ -232,14 +230,14 @@ impl Db {
         }
     }
 
-    /// Closes the pool: idle connections now, others when they come back.
+    /// Closes the pool: idle connections now, others when they are released.
     pub fn close(&self) {
         self.pool.close();
     }
 }
 
-/// A connection on loan. If the call goes away while its statement runs, the
-/// connection is not given to anybody until PostgreSQL has cancelled it.
+/// A pooled connection. If its future is dropped while a statement runs, PostgreSQL is asked to
+/// cancel the statement, and the connection is closed.
 pub(crate) struct Connection<'a> {
     /// Taken when the connection is discarded.
     object: Option<Object>,
@@ -273,7 +271,7 @@ impl Connection<'_> {
         self.object.as_deref_mut()
     }
 
-    /// Gives the connection back, or closes it if it is of no more use.
+    /// Returns the connection to the pool, or closes it if it is not usable any more.
     pub(crate) fn release<T>(
         mut self,
         access: Access,
@@ -294,7 +292,7 @@ impl Connection<'_> {
         if meaning == Error::Internal {
             tracing::error!(error = describe(&error), "a statement failed");
         } else {
-            tracing::debug!(error = describe(&error), "a statement was refused");
+            tracing::debug!(error = describe(&error), "a statement was rejected");
         }
         Err(meaning)
     }
@@ -311,32 +309,30 @@ impl Drop for Connection<'_> {
         if !self.is_idle
             && let Some(object) = self.object.take()
         {
-            // Without a receiver the service is at its end, and the object's own
-            // drop closes the connection.
+            // Without a receiver the service is stopping, and dropping the object closes the
+            // connection.
             let _ = self.db.abandoned.send(object);
         }
     }
 }
 
-/// Cancels the statements of calls that went away, and closes their connections:
-/// a late cancellation must not hit the next call. Each keeps its place in the
-/// pool until then, so that there are never more than the pool's size.
+/// Cancels statements that have lost their caller, and closes their connections, because a late
+/// cancellation must not hit the next statement. Each counts for the size of the pool until
+/// then.
 pub async fn cancel_abandoned(abandoned: Abandoned) {
     stream::unfold(abandoned, async |mut receiver| receiver.recv().await.map(|object| (object, receiver)))
         .for_each_concurrent(None, async |object| {
             let cancelled = time::timeout(CANCEL_TIMEOUT, object.cancel_token().cancel_query(NoTls)).await;
-            tracing::debug!(cancelled = matches!(cancelled, Ok(Ok(()))), "statement abandoned");
+            tracing::debug!(cancelled = matches!(cancelled, Ok(Ok(()))), "statement cancelled");
             drop(Object::take(object));
         })
         .await;
 }
 
-/// What each connection is told first. There is one plan for each statement, the
-/// one that the tests look at, made when nothing is known yet of how large the
-/// tables will be: so it goes by indexes. What it is thought to cost is then of no
-/// meaning, and must not have statements compiled. A backend whose client has gone
-/// stops. A statement that waits for a lock keeps its connection, so it must not wait
-/// long: a row that somebody keeps locked would take the whole pool.
+/// The session settings of each connection. Generic plans are made on empty tables, so indexes
+/// are forced, and cost estimates are meaningless: JIT is off for that reason. A backend whose
+/// client has disconnected stops. A statement that waits for a lock keeps its connection, so it
+/// must not wait long: a locked row would take the whole pool.
 pub fn session_settings(timeout_ms: u64, lock_timeout_ms: u64) -> String {
     format!(
         "set statement_timeout = {timeout_ms};
@@ -356,16 +352,16 @@ fn is_stale_statement(error: &tokio_postgres::Error) -> bool {
     matches!(error.code(), Some(&SqlState::FEATURE_NOT_SUPPORTED | &SqlState::INVALID_SQL_STATEMENT_NAME))
 }
 
-/// Whether the connection can serve the next call after this error. One to a
-/// server that has become a standby is whole, but of no use.
+/// Whether the connection can run the next statement after this error. A connection to a server
+/// that has become a standby works, but cannot write.
 fn is_reusable(error: &tokio_postgres::Error) -> bool {
-    let is_whole =
+    let is_usable =
         |state: &SqlState| *state != SqlState::READ_ONLY_SQL_TRANSACTION && !is_connection_lost(state);
-    !is_stale_statement(error) && error.code().is_some_and(is_whole)
+    !is_stale_statement(error) && error.code().is_some_and(is_usable)
 }
 
-/// Sets what the driver leaves open. Without it, a server that vanished from the
-/// network holds its callers for a quarter of an hour.
+/// Sets the timeouts that the driver leaves unset. Without them, a server that vanished from the
+/// network blocks its clients for a quarter of an hour.
 pub fn with_timeouts(mut postgres: tokio_postgres::Config) -> tokio_postgres::Config {
     postgres
         .connect_timeout(CONNECT_TIMEOUT)
@@ -379,9 +375,9 @@ pub fn with_timeouts(mut postgres: tokio_postgres::Config) -> tokio_postgres::Co
     postgres
 }
 
-/// Whether waiting may cure what went wrong at the start: the server is not there
-/// yet, is busy, is becoming the primary, or somebody holds a lock. Anything else is
-/// final, such as a wrong password or a migration that fails.
+/// Whether an error at the start may pass: the server is not up yet, is busy, is becoming the
+/// primary, or a lock is held. Anything else is final, such as a wrong password or a migration
+/// that fails.
 pub fn is_transient(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         if let Some(db) = cause.downcast_ref::<DbError>() {
@@ -401,8 +397,7 @@ pub fn is_transient(error: &anyhow::Error) -> bool {
     })
 }
 
-/// A connection beside the pool, and the task that drives it, which is the
-/// caller's to run.
+/// A connection outside the pool, and the future that drives it, which the caller has to poll.
 pub async fn connect(postgres: &tokio_postgres::Config) -> anyhow::Result<(Client, BoxFuture<'static, ()>)> {
     let (client, connection) = time::timeout(CONNECT_TIMEOUT, postgres.connect(NoTls)).await??;
     Ok((client, connection.map(drop).boxed()))

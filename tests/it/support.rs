@@ -171,7 +171,7 @@ impl Server {
         let server = Self::spawn(&[&[("DATABASE_URL", database.url().as_str())], settings].concat()).await;
         server.wait_until("", ServingStatus::Serving).await;
         // Nor is it still opening connections, which a test may be about to disturb.
-        let is_warm = async || server.log().contains(r#""message":"warm""#).then_some(());
+        let is_warm = async || server.log().contains(r#""message":"pool ready""#).then_some(());
         eventually("its connections are open", is_warm).await;
         server
     }

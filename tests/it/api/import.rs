@@ -679,7 +679,7 @@ async fn an_import_whose_client_has_gone_leaves_nothing_half_done() {
     let client = Leaving::new(&server, stream::iter([request]).chain(stream::pending())).await;
     eventually("it waits", async || (database.count(&just_waiting()).await == 1).then_some(())).await;
     drop(client);
-    let is_abandoned = async || server.log().contains("statement abandoned").then_some(());
+    let is_abandoned = async || server.log().contains("statement cancelled").then_some(());
     eventually("it is cancelled", is_abandoned).await;
     eventually("it has ended", async || (database.count(WAITING).await == 0).then_some(())).await;
     holder.batch_execute("rollback").await.unwrap();
