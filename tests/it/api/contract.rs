@@ -135,7 +135,10 @@ async fn every_view_is_accepted_and_an_unknown_one_is_rejected() {
     let alice = created(&mut client, "alice").await;
     for view in [pb::UserView::Unspecified, pb::UserView::Basic, pb::UserView::Full] {
         let request = pb::ListUsersRequest { view: view.into(), ..Default::default() };
-        assert_eq!(client.list_users(request).await.unwrap().into_inner().users, std::slice::from_ref(&alice));
+        assert_eq!(
+            client.list_users(request).await.unwrap().into_inner().users,
+            std::slice::from_ref(&alice)
+        );
     }
     let unknown = 99;
     let request = pb::ListUsersRequest { view: unknown, ..Default::default() };
