@@ -27,7 +27,7 @@ pub const DISPLAY_NAME_MAX_LEN: usize = 100;
 
 /// The version of the rules that make keys of usernames and e-mail addresses: these functions
 /// and the Unicode tables of the crates behind them. Each row has the version that made its
-/// keys, so that an upgrade can find the rows to make anew. A test fails when a table changes.
+/// keys, so that an upgrade can find the rows to re-key. A test fails when a table changes.
 pub const NORM_VERSION: i16 = 1;
 
 /// A valid username, with the key that makes it unique.

@@ -1,9 +1,9 @@
-//! The private PostgreSQL that is used when `DATABASE_URL` is unset: this
-//! machine's server binaries, data in one directory, reached by a socket in it.
+//! The private PostgreSQL that is used when `DATABASE_URL` is unset: the server binaries of this
+//! machine, data in one directory, a socket in it.
 //!
-//! PostgreSQL refuses to run as root, so root hands it to another user. It runs in
-//! a session of its own: a Ctrl-C is for the service, which stops it last. If the
-//! service is killed, PostgreSQL lives on, and the next start takes over.
+//! PostgreSQL does not run as root, so root runs it as another user. It has a process group of
+//! its own, so that Ctrl-C reaches only the service, which stops PostgreSQL last. If the service
+//! is killed, PostgreSQL keeps running, and the next start takes it over.
 
 use std::{
     ffi::OsStr,
@@ -18,10 +18,10 @@ use anyhow::{Context, bail};
 use nix::unistd::{User, geteuid};
 use tokio::process::Command;
 
-/// Users that root hands PostgreSQL to, the first that exists.
+/// The users as which root runs PostgreSQL: the first that exists.
 const USERS: [&str; 2] = ["postgres", "nobody"];
 
-/// Where server binaries are when they are not on the `PATH`; `*` is a version.
+/// Where server binaries are when they are not on the `PATH`, in a folder for each version.
 const BIN_DIRS: [(&str, &str); 4] = [
     ("/usr/lib/postgresql", "bin"),
     ("/usr/local/lib/postgresql", "bin"),
@@ -29,15 +29,14 @@ const BIN_DIRS: [(&str, &str); 4] = [
     ("/usr/local/opt", "bin"),
 ];
 
-/// The port, which names the socket; `PGPORT` must have no say in it.
+/// The port, which names the socket. It is fixed, so that `PGPORT` does not change it.
 const PORT: u16 = 5432;
 
-/// The oldest version that has what the service uses.
+/// The oldest supported version.
 const MIN_MAJOR: u32 = 14;
 
-/// What this PostgreSQL is told at each start. It speaks to nobody but those who
-/// can enter its directory, and its log is terse, because the details of an error
-/// repeat values.
+/// The configuration, written at each start. Only users that can enter the directory can
+/// connect. The log is terse, because the details of an error repeat values.
 fn settings(socket_dir: &Path) -> String {
     let socket_dir = socket_dir.to_string_lossy().replace('\'', "''");
     format!(

@@ -1,9 +1,9 @@
-//! Exports: all users, or those of a list, from one snapshot, as a stream of parts.
+//! Exports: all users, or the users of a filter, from one snapshot, as a stream of parts.
 //!
-//! An export goes at its client's pace, so it has a connection of its own, outside
-//! the pool. Nobody looks at a stream whose client has stopped reading; so another
-//! task drives the connection, and closes it when the export's time is over or its
-//! client has gone. PostgreSQL then gives up the query and its snapshot.
+//! An export goes at its client's pace, so it has a connection outside the pool. A stream is not
+//! polled while its client does not read. So another task drives the connection, and closes it
+//! when the export exceeds its time or its client has left. PostgreSQL then ends the query and
+//! releases its snapshot.
 
 use std::{
     sync::Arc,
@@ -30,11 +30,11 @@ use crate::store::pool::{self, Db};
 use crate::store::user_row::{user_columns, user_from_row};
 use crate::telemetry::describe;
 
-/// Users in one part, at most. None has more than 1.1 KiB, so a part has less than
+/// The largest number of users in a part. A user has at most 1.1 KiB, so a part has less than
 /// 1 MiB.
 const PART_SIZE: usize = 500;
 
-/// The exports from a database, a limited number at a time.
+/// The exports from a database.
 pub struct Exports {
     db: Arc<Db>,
     postgres: tokio_postgres::Config,
@@ -43,11 +43,11 @@ pub struct Exports {
     connections: mpsc::UnboundedSender<BoxFuture<'static, ()>>,
 }
 
-/// What [`drive`] works on.
+/// The connections that [`drive`] polls.
 pub type Connections = mpsc::UnboundedReceiver<BoxFuture<'static, ()>>;
 
 impl Exports {
-    /// None yet.
+    /// No exports yet.
     pub fn new(db: Arc<Db>, postgres: tokio_postgres::Config, config: &Config) -> (Self, Connections) {
         let (connections, receiver) = mpsc::unbounded_channel();
         let limiter = StreamLimiter::new("exports", config.max_exports);
@@ -115,7 +115,7 @@ impl Session {
     async fn begin(&self, export: &Export) -> Result<(String, RowStream), Error> {
         let timeout_ms = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
         let settings = pool::session_settings(timeout_ms, timeout_ms);
-        // Whoever wants the whole table has it twice as fast without an index.
+        // The whole table is read twice as fast without an index.
         let (scan, sql, params) = match export {
             Export::All { include_deleted: true } => ("on", ALL, Vec::new()),
             Export::All { include_deleted: false } => ("on", ALL_LIVE, Vec::new()),
@@ -127,7 +127,7 @@ impl Session {
         let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
         let now = self.client.query(CURRENT_POSITION, &[]).await.map_err(refused)?;
-        // A standby has no point; without one, whoever watches on would miss something.
+        // A standby has no position, and a watch could not continue without one.
         let point = position_from_rows(&now)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
