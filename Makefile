@@ -34,10 +34,10 @@ test: setup-test ## Run all tests, with request coalescing and without
 
 # A copy, because the patch changes the contract; its build is kept in target/example.
 .PHONY: example
-example: setup-run postgres ## Check the worked example of CONTRIBUTING.md: a new field
+example: rust git postgres ## Check the worked example of CONTRIBUTING.md: a new field
 	rm -rf target/example/source && mkdir -p target/example/source
 	git ls-files -z | xargs -0 cp --parents --target-directory target/example/source
-	patch --quiet --strip=1 --directory target/example/source < docs/add-a-field.patch
+	GIT_CEILING_DIRECTORIES=$(CURDIR)/target/example git -C target/example/source apply $(CURDIR)/docs/add-a-field.patch
 	cd target/example/source && CARGO_TARGET_DIR=.. cargo test --locked --test it -- locale_is_created
 
 .PHONY: lint
