@@ -129,9 +129,7 @@ async fn deleted_user_releases_its_usernames_at_once_or_after_the_fact() {
 /// The create looks for holds before the rename commits, and waits for its index entry.
 #[tokio::test]
 async fn username_that_a_concurrent_rename_frees_stays_held() {
-    let database = Database::migrated().await;
-    // A statement waits until the rename commits, however slow the machine is.
-    let server = Server::start(&database, &[("LOCK_TIMEOUT_MS", "60000")]).await;
+    let (server, database) = server().await;
     let mut client = server.client().await;
     let (alice, eve) = (created(&mut client, "alice").await, created(&mut client, "eve").await);
     let admin = database.connect().await;
