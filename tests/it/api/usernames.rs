@@ -126,42 +126,32 @@ async fn deleted_user_releases_its_usernames_at_once_or_after_the_fact() {
     assert_refused(status, Code::FailedPrecondition, "USERNAME_RELEASED");
 }
 
-/// The create looks for holds before the rename commits, and waits for its index entry.
+/// A batch looks for usernames, waits for one of them, and meanwhile another user takes the other
+/// one and gives it up: the hold is younger than what the batch has seen.
 #[tokio::test]
-async fn username_that_a_concurrent_rename_frees_stays_held() {
-    let (server, database) = server().await;
+async fn username_that_is_taken_and_replaced_while_a_batch_waits_stays_held() {
+    let database = Database::migrated().await;
+    // The batch waits until it may continue, however slow the machine is.
+    let server = Server::start(&database, &[("LOCK_TIMEOUT_MS", "60000")]).await;
     let mut client = server.client().await;
-    let (alice, eve) = (created(&mut client, "alice").await, created(&mut client, "eve").await);
-    let admin = database.connect().await;
-    let rename = format!(
-        "begin;
-         update users set username_key = 'zqzqally', username = 'zqzqally' where id = '{0}';
-         insert into username_holds values ('zqzqalice', '{0}', now() + interval '1 day')",
-        alice.id
-    );
-    admin.batch_execute(&rename).await.unwrap();
-    // One is inserted, one is updated; both wait for the rename.
-    let requests = [create(user("alice")), create(user("alice"))].map(|request| {
+    let blocker = database.connect().await;
+    let insert = "begin; insert into users (id, username, username_key, username_held, email, email_key,
+            display_name, revision, create_time, update_time)
+        values (gen_random_uuid(), 'zqzqaaa', 'zqzqaaa', true, 'a@b', 'a@b', '', 1, now(), now())";
+    blocker.batch_execute(insert).await.unwrap();
+    let batch = tokio::spawn({
         let mut client = client.clone();
-        tokio::spawn(async move { client.create_user(request).await.map(drop) })
+        async move { client.batch_create_users(batch_create([user("aaa"), user("bbb")])).await }
     });
-    let update = tokio::spawn({
-        let (mut client, request) = (client.clone(), set_username(&eve.id, "alice"));
-        async move { client.update_user(request).await.map(drop) }
-    });
-    eventually("a statement waits for the rename", async || {
-        let waiting = "select count(*) from pg_locks where not granted";
-        (database.count(waiting).await > 0).then_some(())
-    })
-    .await;
-    admin.batch_execute("commit").await.unwrap();
-    for request in requests.into_iter().chain([update]) {
-        let status = request.await.unwrap().unwrap_err();
-        assert!(["USERNAME_TAKEN", "TRANSACTION_CONFLICT"].contains(&reason(&status).as_str()), "{status:?}");
-    }
-    assert_eq!(database.count("select count(*) from users").await, 2);
-    let status = client.create_user(create(user("alice"))).await;
-    assert_refused(status, Code::AlreadyExists, "USERNAME_TAKEN");
+    let waiting = "select count(*) from pg_stat_activity
+        where datname = current_database() and wait_event_type = 'Lock'";
+    eventually("the batch waits", async || (database.count(waiting).await == 1).then_some(())).await;
+    let bob = created(&mut client, "bbb").await;
+    client.update_user(set_username(&bob.id, "bob")).await.unwrap();
+    blocker.batch_execute("rollback").await.unwrap();
+    let status = assert_refused(batch.await.unwrap(), Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_eq!(violations(&status), [("items[1].user.username".into(), "USERNAME_TAKEN".into())]);
+    assert_eq!(database.count("select count(*) from users").await, 1);
 }
 
 #[tokio::test]
