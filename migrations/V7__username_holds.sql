@@ -25,8 +25,11 @@ begin
         perform from username_holds h
         where h.username_key = new.username_key and h.user_id <> new.id and h.expire_time > now();
     else
-        perform from new_users n join username_holds h on h.username_key = n.username_key
-        where h.user_id <> n.id and h.expire_time > now();
+        -- A subquery that returns a value is never turned into a join over the whole table.
+        perform from new_users n where (
+            select h.user_id <> n.id from username_holds h
+            where h.username_key = n.username_key and h.expire_time > now()
+        );
     end if;
     if found then
         raise unique_violation using constraint = 'users_username_key', message = 'username is held';

@@ -89,7 +89,7 @@ impl Replay {
     }
 }
 
-/// Finds what the request with this id did. Fails with `REQUEST_ID_REUSED` if it had other
+/// Finds what the request with this id did, if it is recorded. Fails with `REQUEST_ID_REUSED` if it had other
 /// content; that is unknown once a user of it is erased, because its salt is gone too.
 ///
 /// `batch_len` is the number of items; `None` for a request about one user.
@@ -97,10 +97,9 @@ pub(crate) async fn replay(
     db: &Db,
     request_id: &RequestId,
     batch_len: Option<usize>,
-) -> Result<Replay, Error> {
+) -> Result<Option<Replay>, Error> {
     let rows = db.run(Access::Read, REPLAY, &[&request_id.id, &request_id.fingerprint]).await?;
-    // It was purged between two statements.
-    let first = rows.first().ok_or(Error::TransactionConflict)?;
+    let Some(first) = rows.first() else { return Ok(None) };
     let mut users = Vec::with_capacity(rows.len());
     for row in &rows {
         let id = column(row, USER_COLUMN_COUNT)?;
@@ -113,5 +112,5 @@ pub(crate) async fn replay(
         let what = "was used for a request with other content";
         return Err(Error::invalid("request_id", Reason::RequestIdReused, what));
     }
-    Ok(Replay { users, time: column(first, USER_COLUMN_COUNT + 1)?, is_same })
+    Ok(Some(Replay { users, time: column(first, USER_COLUMN_COUNT + 1)?, is_same }))
 }

@@ -160,6 +160,15 @@ macro_rules! is_username_taken {
     };
 }
 
+/// A hold that a concurrent rename of the user has just made is not in the snapshot, and could
+/// not be released: the item is run again.
+macro_rules! release_is_raced {
+    () => {
+        "when i.release_username and (select u.revision from users u where u.id = i.user_id) <> c.revision then 2
+            "
+    };
+}
+
 /// Statements on existing users, `$5`. Rows are locked in the order of ids, so that two
 /// statements never wait for each other. `c` is the current user of the item `i`; items without
 /// one are `missing`. With `$1`, nothing is accepted unless everything is.
@@ -300,6 +309,7 @@ const UPDATE: Statement = on_users! {
     salt: "c.fingerprint_salt",
     has_changes: has_changes!(),
     outcome: concat!(
+        release_is_raced!(),
         "when c.delete_time is not null then 4
             when i.expected_revision not in (0, c.revision) then 5
             when i.is_username_repeated or i.new_username_key is not null and ",
@@ -348,9 +358,12 @@ const DELETE: Statement = on_users! {
     missing: "case when allow_missing then 0 else 3 end",
     salt: "c.fingerprint_salt",
     has_changes: "c.delete_time is null or i.release_username and c.username_held",
-    outcome: "when i.allow_missing and c.delete_time is not null then 0
+    outcome: concat!(
+        release_is_raced!(),
+        "when i.allow_missing and c.delete_time is not null then 0
             when c.delete_time is not null then 4
-            when i.expected_revision not in (0, c.revision) then 5",
+            when i.expected_revision not in (0, c.revision) then 5"
+    ),
     shown: concat!(
         "c.username, ", kept_fields!(), ", c.delete_time is null as is_live,
         coalesce(c.delete_time, now()) as delete_time,
@@ -586,14 +599,14 @@ impl<T> Items<'_, T> {
             *slot = Some(match column(row, OUTCOME)? {
                 outcome::DONE => Outcome::Done(from_row(row)?),
                 outcome::LOCKED => Outcome::Locked,
-                outcome::REPLAY => {
-                    let replay = replay(db, request_id, None).await;
-                    match replay.and_then(|replay| from_replay(item, replay)) {
-                        Ok(response) => Outcome::Done(response),
-                        Err(error) => Outcome::Rejected(error),
-                    }
+                code => {
+                    let response = match recorded(db, request_id, None).await {
+                        Ok(Some(replay)) => from_replay(item, replay),
+                        Ok(None) => Err(rejection(code, row)?),
+                        Err(error) => Err(error),
+                    };
+                    response.map_or_else(Outcome::Rejected, Outcome::Done)
                 }
-                code => Outcome::Rejected(rejection(code, row)?),
             });
         }
         outcomes.into_iter().map(|outcome| outcome.ok_or(Error::Internal)).collect()
@@ -635,14 +648,14 @@ async fn batch_users<T>(
                     *user = optional_user_from_row(row)?;
                 }
             }
-            outcome::REPLAY => {
-                let replay = replay(db, &batch.request_id, Some(batch.items.len())).await?;
-                users = replay.users.into_iter().map(Result::ok).collect();
-                violations.clear();
-                break;
-            }
             code => violations.push(rejection(code, row)?.into_item_violation(index, prefix)),
         }
+    }
+    if !violations.is_empty()
+        && let Some(replay) = recorded(db, &batch.request_id, Some(batch.items.len())).await?
+    {
+        users = replay.users.into_iter().map(Result::ok).collect();
+        violations.clear();
     }
     if violations.is_empty() {
         for (index, (user, item)) in users.iter_mut().zip(&batch.items).enumerate() {
@@ -660,6 +673,20 @@ async fn batch_users<T>(
     Err(Error::Conflicts(violations))
 }
 
+/// What an earlier request with this id did. It is looked for whenever an item is not done: a
+/// retry that overlaps its first attempt looks too early for the record, and then finds the user
+/// as that attempt has left it.
+async fn recorded(
+    db: &Db,
+    request_id: &RequestId,
+    batch_len: Option<usize>,
+) -> Result<Option<Replay>, Error> {
+    match request_id.id {
+        Some(_) => replay(db, request_id, batch_len).await,
+        None => Ok(None),
+    }
+}
+
 /// The position of a row's item, from 0 on.
 fn index(row: &Row) -> Result<usize, Error> {
     usize::try_from(column::<i64>(row, POSITION)? - 1).map_err(|_| Error::Internal)
@@ -675,6 +702,8 @@ fn rejection(code: i16, row: &Row) -> Result<Error, Error> {
         outcome::ID_TAKEN => Error::UserIdTaken,
         outcome::NOT_DELETED => Error::UserNotDeleted,
         outcome::USERNAME_RELEASED => Error::UsernameReleased,
+        // The record was purged between two statements.
+        outcome::REPLAY => Error::TransactionConflict,
         _ => Error::Internal,
     })
 }

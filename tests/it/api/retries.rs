@@ -219,3 +219,30 @@ async fn the_same_request_about_the_same_data_has_another_fingerprint_for_anothe
     }
     assert_eq!(fingerprints.len(), 6);
 }
+
+/// The retry looks for the record before the first attempt commits, and waits for the same row.
+#[tokio::test]
+async fn retry_that_overlaps_its_first_attempt_gets_the_same_response() {
+    let database = Database::migrated().await;
+    // Both wait until they may continue, however slow the machine is.
+    let server = Server::start(&database, &[("LOCK_TIMEOUT_MS", "60000")]).await;
+    let mut client = server.client().await;
+    let id = created(&mut client, "alice").await.id;
+    let blocker = database.connect().await;
+    blocker.batch_execute(&format!("begin; select from users where id = '{id}' for update")).await.unwrap();
+    let mut request = rename(&id, "New");
+    request.user.as_mut().unwrap().revision = 1;
+    request.request_id = new_request_id();
+    let attempts = [request.clone(), request].map(|request| {
+        let mut client = client.clone();
+        tokio::spawn(async move { client.update_user(request).await })
+    });
+    let waiting = "select count(*) from pg_stat_activity
+        where datname = current_database() and wait_event_type = 'Lock'";
+    eventually("both wait", async || (database.count(waiting).await == 2).then_some(())).await;
+    blocker.batch_execute("rollback").await.unwrap();
+    for attempt in attempts {
+        assert_eq!(attempt.await.unwrap().unwrap().into_inner().user.unwrap().revision, 2);
+    }
+    assert_eq!(database.count("select count(*) from user_changes").await, 2);
+}

@@ -154,6 +154,35 @@ async fn username_that_is_taken_and_replaced_while_a_batch_waits_stays_held() {
     assert_eq!(database.count("select count(*) from users").await, 1);
 }
 
+/// The delete looks before the rename commits, and waits for it.
+#[tokio::test]
+async fn release_frees_a_username_that_a_concurrent_rename_has_just_replaced() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("LOCK_TIMEOUT_MS", "60000")]).await;
+    let mut client = server.client().await;
+    let alice = created(&mut client, "alice").await;
+    let admin = database.connect().await;
+    let rename = format!(
+        "begin;
+         update users set username_key = 'zqzqally', username = 'zqzqally', revision = 2 where id = '{0}';
+         insert into username_holds values ('zqzqalice', '{0}', now() + interval '1 day')",
+        alice.id
+    );
+    admin.batch_execute(&rename).await.unwrap();
+    let deleted = tokio::spawn({
+        let (mut client, id) = (client.clone(), alice.id.clone());
+        let request = pb::DeleteUserRequest { release_username: true, ..delete(&id) };
+        async move { client.delete_user(request).await }
+    });
+    let waiting = "select count(*) from pg_stat_activity
+        where datname = current_database() and wait_event_type = 'Lock'";
+    eventually("the delete waits", async || (database.count(waiting).await == 1).then_some(())).await;
+    admin.batch_execute("commit").await.unwrap();
+    assert_eq!(deleted.await.unwrap().unwrap().into_inner().user.unwrap().revision, 3);
+    assert_eq!(database.count("select count(*) from username_holds").await, 0);
+    assert!(check(&mut client, "alice").await.available && check(&mut client, "ally").await.available);
+}
+
 #[tokio::test]
 async fn rows_carry_the_version_of_the_rules_that_made_their_keys() {
     let (server, database) = server().await;
