@@ -95,10 +95,40 @@ free = [item if n % 2 else dict(user=dict(item["user"], username=f"zqzqfree{n}")
 details = refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "BatchCreateUsers", items=free)
 assert details["ErrorInfo"].metadata["items"].split(",") == [str(n) for n in range(1, 1000, 2)]
 
+# Named by its address, unless several users have it. A key is asked for once.
+assert call("GetUser", email="ZQZQalice@example.com").user.id == user.id
+refused(grpc.StatusCode.FAILED_PRECONDITION, "EMAIL_AMBIGUOUS", "GetUser", email="zqzqmany@example.com")
+details = refused(grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "LookupUsers", keys=[dict(username="zqzqbob"), dict(username="ZQZQBOB")])
+assert details["ErrorInfo"].metadata["keys"] == "0-1"
+
+# A replaced username stays held, until it is released.
+bob = call("GetUser", username="zqzqbob").user
+call("UpdateUser", user=dict(id=bob.id, username="zqzqrobert"))
+refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "CreateUser", user=dict(username="zqzqbob", email="zqzq@example.com"))
+assert call("CheckUsername", username="zqzqbob").available_time.seconds > 0
+call("UpdateUser", user=dict(id=bob.id, username="zqzqrobert"), release_username=True)
+assert call("CheckUsername", username="zqzqbob").available
+
+# Followed, by a stream.
+watch = service.FindMethodByName("WatchUsers")
+messages = channel.unary_stream(
+    f"/{SERVICE}/WatchUsers",
+    request_serializer=lambda message: message.SerializeToString(),
+    response_deserializer=message_factory.GetMessageClass(watch.output_type).FromString,
+)(message_factory.GetMessageClass(watch.input_type)(send_initial_state=True), timeout=60)
+names = set()
+for message in messages:
+    names.update(change.user.username for change in message.changes if change.WhichOneof("state") == "user")
+    if message.initial_state_end:
+        break
+messages.cancel()
+assert {"zqzqAlice", "zqzqrobert", "zqzqeve"} <= names and len(names) == 1003
+
 # Deleted, brought back, erased.
 assert call("DeleteUser", id=user.id).user.HasField("delete_time")
 refused(grpc.StatusCode.FAILED_PRECONDITION, "USER_DELETED", "DeleteUser", id=user.id)
 assert call("UndeleteUser", id=user.id).user.revision == 4
+refused(grpc.StatusCode.FAILED_PRECONDITION, "USER_NOT_DELETED", "ExpungeUser", id=user.id)
 assert call("ExpungeUser", id=user.id, force=True).user_id == user.id
 details = refused(grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND", "GetUser", id=user.id)
 assert details["ResourceInfo"].resource_name == user.id
