@@ -89,8 +89,9 @@ impl Replay {
     }
 }
 
-/// Finds what the request with this id did, if it is recorded. Fails with `REQUEST_ID_REUSED` if it had other
-/// content; that is unknown once a user of it is erased, because its salt is gone too.
+/// Finds what the request with this id did, if there is an id and it is recorded. Fails with
+/// `REQUEST_ID_REUSED` if it had other content; that is unknown once a user of it is erased,
+/// because its salt is gone too.
 ///
 /// `batch_len` is the number of items; `None` for a request about one user.
 pub(crate) async fn replay(
@@ -98,6 +99,9 @@ pub(crate) async fn replay(
     request_id: &RequestId,
     batch_len: Option<usize>,
 ) -> Result<Option<Replay>, Error> {
+    if request_id.id.is_none() {
+        return Ok(None);
+    }
     let rows = db.run(Access::Read, REPLAY, &[&request_id.id, &request_id.fingerprint]).await?;
     let Some(first) = rows.first() else { return Ok(None) };
     let mut users = Vec::with_capacity(rows.len());

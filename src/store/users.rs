@@ -599,8 +599,10 @@ impl<T> Items<'_, T> {
             *slot = Some(match column(row, OUTCOME)? {
                 outcome::DONE => Outcome::Done(from_row(row)?),
                 outcome::LOCKED => Outcome::Locked,
+                // A retry that overlaps its first attempt looks too early for the record, and then
+                // finds the user as that attempt has left it. So each rejection looks again.
                 code => {
-                    let response = match recorded(db, request_id, None).await {
+                    let response = match replay(db, request_id, None).await {
                         Ok(Some(replay)) => from_replay(item, replay),
                         Ok(None) => Err(rejection(code, row)?),
                         Err(error) => Err(error),
@@ -652,7 +654,7 @@ async fn batch_users<T>(
         }
     }
     if !violations.is_empty()
-        && let Some(replay) = recorded(db, &batch.request_id, Some(batch.items.len())).await?
+        && let Some(replay) = replay(db, &batch.request_id, Some(batch.items.len())).await?
     {
         users = replay.users.into_iter().map(Result::ok).collect();
         violations.clear();
@@ -671,20 +673,6 @@ async fn batch_users<T>(
     }
     violations.sort_by_key(|violation| violation.element.map(|element| element.index));
     Err(Error::Conflicts(violations))
-}
-
-/// What an earlier request with this id did. It is looked for whenever an item is not done: a
-/// retry that overlaps its first attempt looks too early for the record, and then finds the user
-/// as that attempt has left it.
-async fn recorded(
-    db: &Db,
-    request_id: &RequestId,
-    batch_len: Option<usize>,
-) -> Result<Option<Replay>, Error> {
-    match request_id.id {
-        Some(_) => replay(db, request_id, batch_len).await,
-        None => Ok(None),
-    }
 }
 
 /// The position of a row's item, from 0 on.
