@@ -454,7 +454,7 @@ mod tests {
 
     #[test]
     fn no_error_is_larger_than_what_clients_accept() {
-        // All items, every second one, and as many as are often refused.
+        // All items, every second item, and a typical number.
         for indexes in [(0..1000).step_by(1), (1..1000).step_by(2), (900..937).step_by(1)] {
             let violations = items(indexes);
             let status = Status::from(Error::Conflicts(violations.clone()));

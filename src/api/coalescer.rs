@@ -310,7 +310,7 @@ fn first<R>(outcomes: Result<Vec<Outcome<R>>, Error>) -> Result<Outcome<R>, Erro
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "callers are tasks")]
+#[expect(clippy::disallowed_methods, reason = "the tests spawn requests as tasks")]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -371,7 +371,7 @@ mod tests {
         Coalescer::new(numbers, limits, TaskTracker::new())
     }
 
-    /// Sends requests at once, in this order, and lets them go on when all are admitted.
+    /// Sends requests at once, in this order, and lets them continue when all are admitted.
     async fn run(
         coalescer: &Arc<Coalescer<Numbers>>,
         requests: impl IntoIterator<Item = u128>,
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn first_request_runs_alone_and_queued_requests_run_together() {
+    async fn first_request_runs_at_once_and_queued_requests_share_a_statement() {
         let coalescer = coalescer(8, None);
         assert_eq!(run(&coalescer, [1, 2, 3, 4, 5]).await, [1, 2, 3, 4, 5].map(Ok));
         assert_eq!(statements(&coalescer), 2);
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lone_requests_share_no_statement() {
+    async fn requests_that_cannot_share_a_statement_run_one_by_one() {
         let coalescer = coalescer(8, None);
         assert_eq!(run(&coalescer, [0, 1, 200, 2, 202]).await, [0, 1, 200, 2, 202].map(Ok));
         // 0 | 1, 2 | 200 | 202
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn request_that_waits_for_a_username_is_found_by_halves() {
+    async fn request_that_waits_for_a_username_is_found_by_halving_its_batch() {
         let coalescer = coalescer(8, None);
         assert_eq!(run(&coalescer, [0, 1, 2, 3, 4, 5, 6, 7, 8]).await, [0, 1, 2, 3, 4, 5, 6, 7, 8].map(Ok));
         // 0 | 1-8 | 1-4 | 5-8 | 5, 6 | 7, 8 | 7 | 8, and 7 again with a contended slot.
@@ -485,7 +485,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn statement_ends_when_all_its_callers_have_left() {
+    async fn statement_ends_when_all_its_requests_are_cancelled() {
         let coalescer = coalescer(8, None);
         let spawn = |request| {
             let coalescer = Arc::clone(&coalescer);
@@ -495,7 +495,7 @@ mod tests {
         tokio::task::yield_now().await;
         second.abort();
         assert!(second.await.unwrap_err().is_cancelled());
-        // The slot goes on to the other two, which then leave as well.
+        // The slot passes to the other two requests, which are then cancelled, too.
         coalescer.operation.go.add_permits(1);
         assert_eq!(first.await.unwrap(), Ok(0));
         while statements(&coalescer) < 2 {

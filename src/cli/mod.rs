@@ -138,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_is_retryable_if_a_new_attempt_can_succeed() {
+    fn status_is_retryable_if_a_new_attempt_can_succeed() {
         for (code, reason, expected) in [
             (Code::Unavailable, Some("OVERLOADED"), true),
             (Code::Unavailable, Some("DATABASE_UNAVAILABLE"), true),

@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_selects_the_keys_that_start_with_its_own() {
+    fn prefix_selects_the_keys_that_start_with_its_key() {
         let selects = |prefix: &str, key: &str| {
             let range = KeyRange::of_prefix(prefix).unwrap();
             range.from.as_str() <= key && key < range.to.as_str()
@@ -393,29 +393,28 @@ mod tests {
             let _ = (key(&text), Email::parse(&text), KeyRange::of_prefix(&text), check_display_name(&text));
         }
 
-        /// A user is found by the key as well as by the name, and by the name as
-        /// other people type it.
+        /// So a user is found by its key and by every form of its name.
         #[test]
-        fn a_key_is_its_own_key(text in "[\\p{L}\\p{M}\\p{Nd}._-]{3,12}") {
+        fn key_of_a_key_is_the_same_key(text in "[\\p{L}\\p{M}\\p{Nd}._-]{3,12}") {
             if let Some(once) = key(&text) {
                 prop_assert_eq!(key(&once), (once.chars().count() <= USERNAME_MAX_LEN).then_some(once));
             }
         }
 
         #[test]
-        fn case_makes_no_other_user(text in "[a-zA-Z0-9._-]{3,64}") {
+        fn usernames_that_differ_in_case_have_the_same_key(text in "[a-zA-Z0-9._-]{3,64}") {
             prop_assert_eq!(key(&text), key(&text.to_uppercase()));
             prop_assert_eq!(key(&text), key(&text.to_lowercase()));
         }
 
-        /// The loop for ASCII and the profile are one rule.
+        /// The loop for ASCII and the profile are the same rule.
         #[test]
-        fn ascii_names_have_the_key_that_the_profile_gives(text in "[a-zA-Z0-9._-]{3,64}") {
+        fn ascii_names_have_the_key_of_the_profile(text in "[a-zA-Z0-9._-]{3,64}") {
             prop_assert_eq!(unicode_key(&text), Ok(text.to_ascii_lowercase()));
         }
 
         #[test]
-        fn a_name_is_in_the_range_of_each_of_its_prefixes(text in "[\\p{L}\\p{Nd}]{3,12}", len in 1_usize..12) {
+        fn name_is_in_the_range_of_each_of_its_prefixes(text in "[\\p{L}\\p{Nd}]{3,12}", len in 1_usize..12) {
             if let Some(key) = key(&text) {
                 let prefix: String = key.chars().take(len).collect();
                 let range = KeyRange::of_prefix(&prefix).unwrap();

@@ -1,5 +1,5 @@
-"""A user's whole life, by a client that is not ours: Python's grpcio, which
-knows the service by reflection only. Usage: life.py HOST:PORT"""
+"""Calls the service with Python's grpcio, which knows it by reflection only:
+creates, changes, lists, watches and erases users. Usage: life.py HOST:PORT"""
 
 import sys
 import uuid
@@ -30,10 +30,10 @@ def call(rpc, timeout_s=10, **fields):
     return stub(request, timeout=timeout_s)
 
 
-def refused(code, reason, rpc, **fields):
-    """Calls an rpc that fails, and returns the details of the failure."""
+def rejected(code, reason, rpc, **fields):
+    """Calls an rpc that must fail, and returns the details of the error."""
     try:
-        answer = call(rpc, **fields)
+        response = call(rpc, **fields)
     except grpc.RpcError as error:
         assert error.code() == code, error
         details = {}
@@ -44,72 +44,72 @@ def refused(code, reason, rpc, **fields):
         assert details["ErrorInfo"].reason == reason, details
         assert details["ErrorInfo"].domain == "user-service.users.v1"
         return details
-    raise AssertionError(f"{rpc} was not refused: {answer}")
+    raise AssertionError(f"{rpc} was not rejected: {response}")
 
 
 assert SERVICE in database.get_services()
 assert "google.rpc" in pool.FindMessageTypeByName("google.rpc.BadRequest").full_name
 
-# Born, twice the same request.
+# A retried create returns the same user.
 request_id = str(uuid.uuid4())
 alice = dict(username="zqzqAlice", email="zqzqalice@example.com", display_name="Alice")
 user = call("CreateUser", user=alice, request_id=request_id).user
 assert user.revision == 1 and user.create_time.seconds > 0
 assert call("CreateUser", user=alice, request_id=request_id).user == user
 
-# Refused, with all that is wrong.
-details = refused(grpc.StatusCode.INVALID_ARGUMENT, "USERNAME_INVALID", "CreateUser", user=dict(username="x", email="x"))
+# Invalid input is rejected with all violations.
+details = rejected(grpc.StatusCode.INVALID_ARGUMENT, "USERNAME_INVALID", "CreateUser", user=dict(username="x", email="x"))
 violations = [(v.field, v.reason) for v in details["BadRequest"].field_violations]
 assert violations == [("user.username", "USERNAME_INVALID"), ("user.email", "EMAIL_INVALID")], violations
-refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "CreateUser", user=dict(alice, username="ZQZQALICE"))
+rejected(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "CreateUser", user=dict(alice, username="ZQZQALICE"))
 
-# Found, and not sent again.
+# A user of a known revision is not sent again.
 assert call("GetUser", username="zqzqALICE").user == user
 assert call("GetUser", id=user.id, if_revision_not=1).not_modified
 assert not call("CheckUsername", username="zqzqalice").available
 
-# Changed, unless somebody else was faster.
+# An update of an old revision is rejected.
 user = call("UpdateUser", user=dict(id=user.id, display_name="A.", revision=1), update_mask=dict(paths=["display_name"])).user
 assert (user.revision, user.display_name) == (2, "A.")
-details = refused(grpc.StatusCode.FAILED_PRECONDITION, "REVISION_MISMATCH", "UpdateUser", user=dict(id=user.id, display_name="B.", revision=1))
+details = rejected(grpc.StatusCode.FAILED_PRECONDITION, "REVISION_MISMATCH", "UpdateUser", user=dict(id=user.id, display_name="B.", revision=1))
 assert details["ErrorInfo"].metadata["current_revision"] == "2"
 
-# Listed, page by page.
+# A list has pages.
 for name in ("zqzqbob", "zqzqeve"):
     call("CreateUser", user=dict(username=name, email=f"{name}@example.com"))
 page = call("ListUsers", page_size=2, order_by="ORDER_BY_USERNAME_ASC")
 rest = call("ListUsers", page_size=2, order_by="ORDER_BY_USERNAME_ASC", page_token=page.next_page_token)
 assert [u.username for u in [*page.users, *rest.users]] == ["zqzqAlice", "zqzqbob", "zqzqeve"]
-refused(grpc.StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID", "ListUsers", page_token=page.next_page_token)
+rejected(grpc.StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID", "ListUsers", page_token=page.next_page_token)
 
-# Many at once. A refusal of a thousand fits into what this client accepts as headers.
+# The rejection of a thousand items fits into the headers that this client accepts.
 found = call("LookupUsers", keys=[dict(email="zqzqBOB@example.com"), dict(id=user.id), dict(username="nobody")])
 assert [[u.username for u in result.users] for result in found.results] == [["zqzqbob"], ["zqzqAlice"], []]
 many = [dict(user=dict(username=f"zqzqmany{n}", email="zqzqmany@example.com")) for n in range(1000)]
 assert len(call("BatchCreateUsers", items=many).users) == 1000
-details = refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "BatchCreateUsers", items=many)
+details = rejected(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "BatchCreateUsers", items=many)
 assert details["ErrorInfo"].metadata["items"] == "0-999"
 assert details["BadRequest"].field_violations[17].field == "items[17].user.username"
-# As large as it can be: every second item is refused, and none is next to another.
+# The largest rejection: every second item, so that no two indexes form a range.
 free = [item if n % 2 else dict(user=dict(item["user"], username=f"zqzqfree{n}")) for n, item in enumerate(many)]
-details = refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "BatchCreateUsers", items=free)
+details = rejected(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "BatchCreateUsers", items=free)
 assert details["ErrorInfo"].metadata["items"].split(",") == [str(n) for n in range(1, 1000, 2)]
 
-# Named by its address, unless several users have it. A key is asked for once.
+# An address of several users does not name one. A repeated key is rejected.
 assert call("GetUser", email="ZQZQalice@example.com").user.id == user.id
-refused(grpc.StatusCode.FAILED_PRECONDITION, "EMAIL_AMBIGUOUS", "GetUser", email="zqzqmany@example.com")
-details = refused(grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "LookupUsers", keys=[dict(username="zqzqbob"), dict(username="ZQZQBOB")])
+rejected(grpc.StatusCode.FAILED_PRECONDITION, "EMAIL_AMBIGUOUS", "GetUser", email="zqzqmany@example.com")
+details = rejected(grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID", "LookupUsers", keys=[dict(username="zqzqbob"), dict(username="ZQZQBOB")])
 assert details["ErrorInfo"].metadata["keys"] == "0-1"
 
-# A replaced username stays held, until it is released.
+# A replaced username is held until its release.
 bob = call("GetUser", username="zqzqbob").user
 call("UpdateUser", user=dict(id=bob.id, username="zqzqrobert"))
-refused(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "CreateUser", user=dict(username="zqzqbob", email="zqzq@example.com"))
+rejected(grpc.StatusCode.ALREADY_EXISTS, "USERNAME_TAKEN", "CreateUser", user=dict(username="zqzqbob", email="zqzq@example.com"))
 assert call("CheckUsername", username="zqzqbob").available_time.seconds > 0
 call("UpdateUser", user=dict(id=bob.id, username="zqzqrobert"), release_username=True)
 assert call("CheckUsername", username="zqzqbob").available
 
-# Followed, by a stream.
+# A watch sends the initial state.
 watch = service.FindMethodByName("WatchUsers")
 messages = channel.unary_stream(
     f"/{SERVICE}/WatchUsers",
@@ -124,13 +124,13 @@ for message in messages:
 messages.cancel()
 assert {"zqzqAlice", "zqzqrobert", "zqzqeve"} <= names and len(names) == 1003
 
-# Deleted, brought back, erased.
+# A user is deleted, undeleted and erased.
 assert call("DeleteUser", id=user.id).user.HasField("delete_time")
-refused(grpc.StatusCode.FAILED_PRECONDITION, "USER_DELETED", "DeleteUser", id=user.id)
+rejected(grpc.StatusCode.FAILED_PRECONDITION, "USER_DELETED", "DeleteUser", id=user.id)
 assert call("UndeleteUser", id=user.id).user.revision == 4
-refused(grpc.StatusCode.FAILED_PRECONDITION, "USER_NOT_DELETED", "ExpungeUser", id=user.id)
+rejected(grpc.StatusCode.FAILED_PRECONDITION, "USER_NOT_DELETED", "ExpungeUser", id=user.id)
 assert call("ExpungeUser", id=user.id, force=True).user_id == user.id
-details = refused(grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND", "GetUser", id=user.id)
+details = rejected(grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND", "GetUser", id=user.id)
 assert details["ResourceInfo"].resource_name == user.id
 
-print("a whole life")
+print("ok")

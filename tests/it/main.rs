@@ -1,4 +1,4 @@
-//! The service, proved through gRPC on a real PostgreSQL: one file a promise.
+//! Tests of the service through gRPC, on a real PostgreSQL.
 
 #![allow(
     clippy::disallowed_methods,
@@ -7,7 +7,7 @@
     clippy::panic,
     clippy::unwrap_used,
     unreachable_pub,
-    reason = "a test that cannot go on fails by panicking"
+    reason = "a test fails by a panic"
 )]
 
 mod api;

@@ -1,4 +1,4 @@
-//! A real server over a real database of its own, for every test.
+//! What every test needs: a real server on its own database, requests, and assertions.
 
 use std::{
     fs,
@@ -30,24 +30,24 @@ use user_service::store::dev_postgres::Embedded;
 use user_service::store::migrate;
 use uuid::Uuid;
 
-/// In every username, e-mail address and password of a test, so that no log line
-/// can have one unnoticed.
+/// A part of every username, e-mail address and password in a test. Every test checks that the
+/// log does not contain it.
 pub const SECRET: &str = "zqzq";
 
-/// Nothing here takes longer on a machine that is slow and busy.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long [`eventually`] waits: long enough for a slow and busy machine.
+const EVENTUALLY_TIMEOUT: Duration = Duration::from_secs(60);
 
 // ---------------------------------------------------------------- PostgreSQL
 
-/// The PostgreSQL that all tests share.
+/// The PostgreSQL server that all tests share.
 struct Cluster {
     dir: PathBuf,
     template: String,
     databases: AtomicU32,
 }
 
-/// Starts the shared PostgreSQL, and makes a migrated database to copy. A guard
-/// process, which ends when this one does, however it ends, cleans up.
+/// Starts the shared PostgreSQL server and creates a migrated database, which the databases of
+/// the tests copy.
 fn cluster() -> &'static Cluster {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
     CLUSTER.get_or_init(|| {
@@ -56,26 +56,28 @@ fn cluster() -> &'static Cluster {
             let postgres = Embedded::start(&dir).await.unwrap();
             guard(&dir);
             let client = connect(&postgres.config()).await;
-            // The tests' PostgreSQL may forget everything in a power cut.
+            // The data does not have to survive a power cut.
             client.batch_execute("alter system set fsync = off").await.unwrap();
             client.batch_execute("select pg_reload_conf()").await.unwrap();
             client.batch_execute("create database template_users").await.unwrap();
             migrate::migrate(&config(&dir, "template_users")).await.unwrap();
-            // It is stopped by the guard, not by being dropped.
+            // The guard stops it.
             std::mem::forget(postgres);
             Cluster { dir, template: "template_users".into(), databases: AtomicU32::new(0) }
         };
-        // A test's runtime ends with the test; this needs one of its own.
+        // The server needs its own runtime, because the runtime of a test ends with the test.
         std::thread::spawn(|| tokio::runtime::Runtime::new().unwrap().block_on(start)).join().unwrap()
     })
 }
 
+/// Starts a process that stops the server and deletes its data when this process ends,
+/// however it ends.
 fn guard(dir: &Path) {
     let script = r#"cat; kill -QUIT "$(head -n 1 "$0/data/postmaster.pid")"; sleep 1; rm -rf "$0""#;
     let mut command = Command::new("sh");
     command.args(["-c", script]).arg(dir).stdin(Stdio::piped()).stdout(Stdio::null());
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    // Its end of the pipe closes when this process ends.
+    // The write end of the pipe closes when this process ends.
     std::mem::forget(command.spawn().unwrap());
 }
 
@@ -91,7 +93,7 @@ async fn connect(config: &tokio_postgres::Config) -> tokio_postgres::Client {
     client
 }
 
-/// A database of a test's own.
+/// The database of one test.
 #[derive(Clone)]
 pub struct Database {
     pub socket_dir: PathBuf,
@@ -99,13 +101,13 @@ pub struct Database {
 }
 
 impl Database {
-    /// One with the service's schema.
+    /// Creates a database with the schema of the service.
     pub async fn migrated() -> Self {
         let template = cluster().template.clone();
         Self::create(&format!("template {template}")).await
     }
 
-    /// One with nothing in it.
+    /// Creates an empty database.
     pub async fn empty() -> Self {
         Self::create("").await
     }
@@ -122,7 +124,7 @@ impl Database {
         config(&self.socket_dir, &self.name)
     }
 
-    /// A connection beside the service.
+    /// Opens a connection that the service does not use.
     pub async fn connect(&self) -> tokio_postgres::Client {
         connect(&self.config()).await
     }
@@ -132,12 +134,12 @@ impl Database {
         format!("postgres://postgres:{SECRET}password@{host}/{}", self.name)
     }
 
-    /// The one number that a query returns.
+    /// Runs a query that returns one number.
     pub async fn count(&self, sql: &str) -> i64 {
         self.connect().await.query_one(sql, &[]).await.unwrap().get(0)
     }
 
-    /// Everything in it, as text.
+    /// Dumps the whole database as text.
     pub fn dump(&self) -> String {
         let program = ["/usr/lib/postgresql/15/bin/pg_dump", "pg_dump"];
         let program =
@@ -152,27 +154,27 @@ impl Database {
 
 // ------------------------------------------------------------------ the server
 
-/// A running service: the real binary.
+/// A running service, started from its binary.
 pub struct Server {
     child: Child,
     pub addr: String,
     log: tempfile::NamedTempFile,
 }
 
-/// The service on a new database, ready.
+/// Starts the service on a new database and waits until it is ready.
 pub async fn server() -> (Server, Database) {
     let database = Database::migrated().await;
     (Server::start(&database, &[]).await, database)
 }
 
 impl Server {
-    /// Starts the service on a database and waits until it is ready and warm.
+    /// Starts the service on a database and waits until it is ready.
     pub async fn start(database: &Database, settings: &[(&str, &str)]) -> Self {
         let server = Self::spawn(&[&[("DATABASE_URL", database.url().as_str())], settings].concat()).await;
         server.wait_until("", ServingStatus::Serving).await;
-        // Nor is it still opening connections, which a test may be about to disturb.
-        let is_warm = async || server.log().contains(r#""message":"pool ready""#).then_some(());
-        eventually("its connections are open", is_warm).await;
+        // A test can then disturb the connections without disturbing the start.
+        let pool_is_ready = async || server.log().contains(r#""message":"pool ready""#).then_some(());
+        eventually("the pool is ready", pool_is_ready).await;
         server
     }
 
@@ -181,15 +183,12 @@ impl Server {
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
         command.env_clear().envs(std::env::var("PATH").map(|path| ("PATH", path)));
-        // Everything is logged in the tests, to see that nothing is in it.
+        // The check for personal data covers all log levels.
         command.env("RUST_LOG", "trace").env("LISTEN_ADDR", "127.0.0.1:0").env("DRAIN_DELAY_MS", "0");
-        // Many tests hold a row until they have seen who waits for it.
+        // Many tests keep a row locked until a statement waits for it.
         command.env("LOCK_TIMEOUT_MS", "60000").env("POOL_ACQUIRE_TIMEOUT_MS", "60000");
-        // The whole suite can be run without request_coalescing; the answers are the same.
-        command.envs(
-            std::env::var("REQUEST_COALESCING")
-                .map(|request_coalescing| ("REQUEST_COALESCING", request_coalescing)),
-        );
+        // `make test` also runs all tests without coalescing.
+        command.envs(std::env::var("REQUEST_COALESCING").map(|value| ("REQUEST_COALESCING", value)));
         command.envs(settings.iter().copied()).stderr(log.reopen().unwrap());
         let mut server = Self { child: command.spawn().unwrap(), addr: String::new(), log };
         server.addr = eventually("the service listens", async || {
@@ -197,7 +196,7 @@ impl Server {
             let log = server.log();
             let line = log.lines().find(|line| line.contains(r#""message":"listening""#));
             let addr = line.and_then(|line| line.split_once(r#""addr":""#)?.1.split_once('"'));
-            assert!(addr.is_some() || ended.is_none(), "it ended: {log}");
+            assert!(addr.is_some() || ended.is_none(), "the service ended: {log}");
             Some(addr?.0.to_owned())
         })
         .await;
@@ -208,7 +207,7 @@ impl Server {
         fs::read_to_string(self.log.path()).unwrap()
     }
 
-    /// How many statements were run, but for the one that looks now and then whose log it is.
+    /// How many statements the service has run, without its regular checks of the change log.
     pub fn statements(&self) -> usize {
         let is_statement =
             |line: &&str| line.contains(r#""message":"statement""#) && !line.contains("pg_current_snapshot");
@@ -219,17 +218,17 @@ impl Server {
         self.child.id()
     }
 
-    /// Its resident memory, in octets.
+    /// The resident memory of the process, in bytes.
     pub fn memory(&self) -> usize {
-        self.octets("VmRSS:")
+        self.status_bytes("VmRSS:")
     }
 
-    /// The most that it ever had.
+    /// The largest resident memory that the process has had, in bytes.
     pub fn peak_memory(&self) -> usize {
-        self.octets("VmHWM:")
+        self.status_bytes("VmHWM:")
     }
 
-    fn octets(&self, what: &str) -> usize {
+    fn status_bytes(&self, what: &str) -> usize {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with(what)).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
@@ -243,13 +242,15 @@ impl Server {
         UserServiceClient::new(self.channel().await)
     }
 
-    /// A client that does not watch over its deadlines, to see the server do it.
-    pub fn patient_client(&self) -> UserServiceClient<legacy::Client<legacy::connect::HttpConnector, Body>> {
+    /// A client that does not enforce its deadlines, so that only the server does.
+    pub fn client_ignoring_deadlines(
+        &self,
+    ) -> UserServiceClient<legacy::Client<legacy::connect::HttpConnector, Body>> {
         let http = legacy::Client::builder(TokioExecutor::new()).http2_only(true).build_http();
         UserServiceClient::with_origin(http, format!("http://{}", self.addr).parse().unwrap())
     }
 
-    /// What the service says of its health; `None` if it cannot be reached.
+    /// The health of a service; `None` if the server cannot be reached.
     pub async fn health(&self, service: &str) -> Option<ServingStatus> {
         let endpoint = Channel::from_shared(format!("http://{}", self.addr)).unwrap();
         let mut client = HealthClient::new(endpoint.connect().await.ok()?);
@@ -293,23 +294,23 @@ impl Drop for Server {
     }
 }
 
-/// Asks again and again until there is an answer.
+/// Polls until there is a value. `what` describes it in the panic after a timeout.
 pub async fn eventually<T>(what: &str, mut poll: impl AsyncFnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
-        if let Some(answer) = poll().await {
-            return answer;
+        if let Some(value) = poll().await {
+            return value;
         }
-        assert!(started.elapsed() < PATIENCE, "in vain: {what}");
+        assert!(started.elapsed() < EVENTUALLY_TIMEOUT, "timed out: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-/// How many of the database's sessions wait for a lock.
+/// Counts the sessions of the database that wait for a lock.
 pub const WAITING: &str =
     "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
 
-/// Ends all of the service's sessions.
+/// Terminates all sessions of the service and returns their number.
 pub async fn terminate_backends(database: &Database) -> i64 {
     let terminate = "select count(pg_terminate_backend(pid)) from pg_stat_activity
         where datname = current_database() and application_name = 'user-service'";
@@ -318,7 +319,7 @@ pub async fn terminate_backends(database: &Database) -> i64 {
 
 // ------------------------------------------------------------------- requests
 
-/// A user to create; the name is made unmistakable in logs.
+/// A user to create, with [`SECRET`] in its name and its address.
 pub fn user(name: &str) -> pb::User {
     pb::User {
         username: format!("{SECRET}{name}"),
@@ -366,7 +367,7 @@ pub fn new_request_id() -> String {
     Uuid::now_v7().to_string()
 }
 
-/// A request that the server has to answer in time, by a client that would wait.
+/// A request with a `grpc-timeout`. [`Server::client_ignoring_deadlines`] leaves it to the server.
 pub fn with_timeout<T>(message: T, timeout: &'static str) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("grpc-timeout", timeout.parse().unwrap());
@@ -378,9 +379,9 @@ pub async fn created(client: &mut UserServiceClient<Channel>, name: &str) -> pb:
     client.create_user(create(user(name))).await.unwrap().into_inner().user.unwrap()
 }
 
-// -------------------------------------------------------------------- answers
+// ------------------------------------------------------------------ responses
 
-/// The reason that a failure gives.
+/// The reason of an error.
 pub fn reason(status: &Status) -> String {
     let details = status.get_error_details();
     let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
@@ -388,28 +389,36 @@ pub fn reason(status: &Status) -> String {
     info.reason.clone()
 }
 
-/// The fields that a failure names, each with the reason.
+/// The field violations of an error, each as the field and the reason.
 pub fn violations(status: &Status) -> Vec<(String, String)> {
     let details = status.get_error_details();
     let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
     violations.into_iter().map(|v| (v.field, v.reason)).collect()
 }
 
-/// The elements of a list that a failure names.
-pub fn refused_elements(status: &Status, list: &str) -> String {
+/// The indexes of the rejected elements of a list, such as `0-1,3`.
+pub fn rejected_elements(status: &Status, list: &str) -> String {
     status.get_error_details().error_info().unwrap().metadata[list].clone()
 }
 
+/// Asserts that a request failed with this code and reason, and returns its status.
 #[track_caller]
-pub fn assert_refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, expected: &str) -> Status {
-    let status = answer.expect_err("this should have been refused");
+pub fn assert_rejected<T: std::fmt::Debug>(
+    response: Result<T, Status>,
+    code: Code,
+    expected: &str,
+) -> Status {
+    let status = response.expect_err("the request should have been rejected");
     assert_eq!((status.code(), reason(&status).as_str()), (code, expected), "{status:?}");
     status
 }
 
+#[allow(unused_imports, reason = "docs/add-a-field.patch uses this name")]
+pub use assert_rejected as assert_refused;
+
 // ---------------------------------------------------------------------- proxy
 
-/// A way to the database that can be disturbed.
+/// A proxy to the database that can hold responses and cut connections.
 pub struct Proxy {
     dir: TempDir,
     upstream: Database,
@@ -418,7 +427,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Passes everything on, both ways.
+    /// Starts a proxy that forwards everything.
     pub async fn to(upstream: &Database) -> Self {
         let dir = TempDir::with_prefix("px-").unwrap();
         let listener = UnixListener::bind(dir.path().join(".s.PGSQL.5432")).unwrap();
@@ -433,12 +442,12 @@ impl Proxy {
                 tokio::spawn(async move {
                     let (mut from_client, to_client) = client.into_split();
                     let (from_server, mut to_server) = server.into_split();
-                    // A cut comes first, so that nothing held back gets through.
+                    // A cut comes first, so that no held response gets through.
                     tokio::select! {
                         biased;
                         _ = cut.changed() => {}
                         _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
-                        () = pass_answers(from_server, to_client, holding) => {}
+                        () = forward_responses(from_server, to_client, holding) => {}
                     }
                 });
             }
@@ -451,24 +460,24 @@ impl Proxy {
         Database { socket_dir: self.dir.path().into(), name: self.upstream.name.clone() }
     }
 
-    /// Keeps back what the database answers from now on.
-    pub fn hold_answers(&self) {
+    /// Holds all responses of the database from now on.
+    pub fn hold_responses(&self) {
         self.is_holding.send_replace(true);
     }
 
-    /// Passes on what was kept back, and everything else.
-    pub fn pass_on(&self) {
+    /// Forwards the held responses and all later ones.
+    pub fn release_responses(&self) {
         self.is_holding.send_replace(false);
     }
 
-    /// Breaks all connections, and passes everything on again.
+    /// Closes all connections. New ones are forwarded.
     pub fn cut(&self) {
         self.cuts.send_modify(|n| *n += 1);
-        self.pass_on();
+        self.release_responses();
     }
 }
 
-async fn pass_answers(
+async fn forward_responses(
     mut from: tokio::net::unix::OwnedReadHalf,
     mut to: tokio::net::unix::OwnedWriteHalf,
     mut holding: watch::Receiver<bool>,

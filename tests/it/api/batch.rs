@@ -1,4 +1,4 @@
-//! A batch does for many users what a call does for one, or nothing, and says why.
+//! Atomic batches: every item takes effect, or none does and every rejected item is named.
 
 use prost_types::FieldMask;
 use tonic::{Code, transport::Channel};
@@ -18,18 +18,18 @@ pub fn batch_delete<'a>(ids: impl IntoIterator<Item = &'a str>) -> pb::BatchDele
     pb::BatchDeleteUsersRequest { items: ids.into_iter().map(item).collect(), ..Default::default() }
 }
 
-/// Creates users from one batch.
+/// Creates users by one batch.
 pub async fn batch_created(client: &mut Client, names: impl Iterator<Item = String>) -> Vec<pb::User> {
     let request = batch_create(names.map(|name| user(&name)));
     client.batch_create_users(request).await.unwrap().into_inner().users
 }
 
-/// What an update of the display name needs.
+/// An item that updates the display name.
 pub fn renamed(id: &str, display_name: &str) -> pb::User {
     pb::User { id: id.into(), display_name: display_name.into(), ..Default::default() }
 }
 
-/// Everything that a batch can write.
+/// Counts all rows that a batch can write.
 async fn rows(database: &Database) -> [i64; 4] {
     let mut counts = [0; 4];
     let counted =
@@ -41,7 +41,7 @@ async fn rows(database: &Database) -> [i64; 4] {
 }
 
 #[tokio::test]
-async fn a_thousand_users_are_created_changed_and_deleted_by_one_statement_each_in_order() {
+async fn thousand_users_are_created_updated_and_deleted_in_order_by_one_statement_each() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let wanted: Vec<_> = (0..1000).map(|n| user(&format!("user{}", n * 7 % 1000))).collect();
@@ -56,7 +56,7 @@ async fn a_thousand_users_are_created_changed_and_deleted_by_one_statement_each_
         assert_eq!((&user.display_name, user.revision, &user.delete_time), (&wanted.display_name, 1, &None));
     }
 
-    // Every second one changes, and the order is another one.
+    // Every second user changes; the order is reversed.
     let changes = users.iter().rev().enumerate().map(|(n, user)| match n % 2 {
         0 => renamed(&user.id, "New"),
         _ => pb::User { revision: 1, ..user.clone() },
@@ -92,7 +92,7 @@ async fn a_thousand_users_are_created_changed_and_deleted_by_one_statement_each_
 }
 
 #[tokio::test]
-async fn of_a_thousand_items_37_are_wrong_in_six_ways_and_all_are_named() {
+async fn all_37_invalid_items_of_a_thousand_are_named() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let mut users: Vec<_> = (0..1000).map(|n| user(&format!("user{n}"))).collect();
@@ -111,9 +111,9 @@ async fn of_a_thousand_items_37_are_wrong_in_six_ways_and_all_are_named() {
         expected.push((format!("items[{n}].{field}"), reason.to_owned()));
     }
     let status = client.batch_create_users(batch_create(users)).await;
-    let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(status, Code::InvalidArgument, "FIELD_INVALID");
     assert_eq!(violations(&status), expected);
-    assert_eq!(refused_elements(&status, "items").split(',').count(), 37);
+    assert_eq!(rejected_elements(&status, "items").split(',').count(), 37);
     assert_eq!(rows(&database).await, [0; 4]);
 }
 
@@ -123,7 +123,7 @@ fn set(value: &mut String, to: &str, field: &'static str) -> &'static str {
 }
 
 #[tokio::test]
-async fn of_a_thousand_items_37_are_in_conflict_in_six_ways_and_all_are_named() {
+async fn all_37_conflicting_items_of_a_thousand_are_named() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let users = batch_created(&mut client, (0..1000).map(|n| format!("user{n}"))).await;
@@ -160,31 +160,32 @@ async fn of_a_thousand_items_37_are_in_conflict_in_six_ways_and_all_are_named() 
             ..batch_update(items.clone())
         };
         let status =
-            assert_refused(client.batch_update_users(request).await, Code::NotFound, "USER_NOT_FOUND");
+            assert_rejected(client.batch_update_users(request).await, Code::NotFound, "USER_NOT_FOUND");
         assert_eq!(violations(&status), expected);
-        assert_eq!(refused_elements(&status, "items").split(',').count(), 37);
+        assert_eq!(rejected_elements(&status, "items").split(',').count(), 37);
         assert_eq!(rows(&database).await, before);
     }
 }
 
 #[tokio::test]
-async fn a_refusal_of_all_items_names_all_and_gets_through_to_the_client() {
+async fn rejection_of_a_thousand_items_names_all_and_reaches_the_client() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let users = batch_created(&mut client, (0..1000).map(|n| format!("user{n}"))).await;
     let again = batch_create(users.iter().cloned());
-    let status = assert_refused(client.batch_create_users(again).await, Code::AlreadyExists, "USER_ID_TAKEN");
-    assert_eq!(refused_elements(&status, "items"), "0-999");
+    let status =
+        assert_rejected(client.batch_create_users(again).await, Code::AlreadyExists, "USER_ID_TAKEN");
+    assert_eq!(rejected_elements(&status, "items"), "0-999");
     assert!(violations(&status).len() > 40);
     assert_eq!(violations(&status)[1], ("items[1].user.id".into(), "USER_ID_TAKEN".into()));
     let request = batch_create((0..1000).map(|_| pb::User::default()));
     let status =
-        assert_refused(client.batch_create_users(request).await, Code::InvalidArgument, "FIELD_REQUIRED");
-    assert_eq!(refused_elements(&status, "items"), "0-999");
+        assert_rejected(client.batch_create_users(request).await, Code::InvalidArgument, "FIELD_REQUIRED");
+    assert_eq!(rejected_elements(&status, "items"), "0-999");
 }
 
 #[tokio::test]
-async fn items_that_are_in_each_others_way_are_both_named() {
+async fn items_that_conflict_with_each_other_are_all_named() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let id = new_request_id();
@@ -195,7 +196,7 @@ async fn items_that_are_in_each_others_way_are_both_named() {
         pb::User { id: id.to_uppercase(), ..user("ALICE") },
     ]);
     let status =
-        assert_refused(client.batch_create_users(request).await, Code::AlreadyExists, "USER_ID_TAKEN");
+        assert_rejected(client.batch_create_users(request).await, Code::AlreadyExists, "USER_ID_TAKEN");
     let named = |fields: &[(&str, &str)]| -> Vec<(String, String)> {
         fields.iter().map(|(field, reason)| ((*field).into(), (*reason).into())).collect()
     };
@@ -205,22 +206,22 @@ async fn items_that_are_in_each_others_way_are_both_named() {
         ("items[3].user.id", "USER_ID_TAKEN"),
     ];
     assert_eq!(violations(&status), named(&expected));
-    assert_eq!(refused_elements(&status, "items"), "0-1,3");
+    assert_eq!(rejected_elements(&status, "items"), "0-1,3");
     assert_eq!(rows(&database).await, [0; 4]);
 
-    // Whoever is changed twice is named before anybody looks at the users.
+    // A repeated id is rejected before the users are read.
     let items = [&id, "x", &id.to_uppercase(), &new_request_id()].map(|id| renamed(id, "New"));
     let status = client.batch_update_users(batch_update(items)).await;
-    let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(status, Code::InvalidArgument, "FIELD_INVALID");
     let expected = [0, 1, 2].map(|n| (format!("items[{n}].user.id"), "FIELD_INVALID".to_owned()));
     assert_eq!(violations(&status), expected);
     let status = client.batch_delete_users(batch_delete([id.as_str(), id.as_str()])).await;
-    let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(status, Code::InvalidArgument, "FIELD_INVALID");
     assert_eq!(violations(&status), [0, 1].map(|n| (format!("items[{n}].id"), "FIELD_INVALID".to_owned())));
 }
 
 #[tokio::test]
-async fn usernames_change_in_a_batch_but_are_not_handed_over_in_it() {
+async fn batch_changes_usernames_but_cannot_swap_them() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let users = batch_created(&mut client, ["alice", "bob", "carol"].map(String::from).into_iter()).await;
@@ -230,11 +231,12 @@ async fn usernames_change_in_a_batch_but_are_not_handed_over_in_it() {
         ..Default::default()
     };
     let swap = batch_update([named(0, "bob"), named(1, "alice"), named(2, "dave")]);
-    let status = assert_refused(client.batch_update_users(swap).await, Code::AlreadyExists, "USERNAME_TAKEN");
+    let status =
+        assert_rejected(client.batch_update_users(swap).await, Code::AlreadyExists, "USERNAME_TAKEN");
     let expected = [0, 1].map(|n| (format!("items[{n}].user.username"), "USERNAME_TAKEN".to_owned()));
     assert_eq!(violations(&status), expected);
 
-    // One's own in another case is no conflict.
+    // A user can change the case of its own username.
     let mut request = batch_update([named(0, "ALICE"), named(1, "robert"), named(2, "carol")]);
     request.items.iter_mut().for_each(|item| item.release_username = true);
     let changed = client.batch_update_users(request).await.unwrap().into_inner().users;
@@ -251,7 +253,7 @@ async fn usernames_change_in_a_batch_but_are_not_handed_over_in_it() {
 }
 
 #[tokio::test]
-async fn each_item_has_a_mask_of_its_own() {
+async fn each_item_has_its_own_update_mask() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let users = batch_created(&mut client, (0..3).map(|n| format!("user{n}"))).await;
@@ -278,12 +280,12 @@ async fn each_item_has_a_mask_of_its_own() {
     };
     let request = pb::BatchUpdateUsersRequest { items: vec![bad], ..Default::default() };
     let status = client.batch_update_users(request).await;
-    let status = assert_refused(status, Code::InvalidArgument, "UPDATE_MASK_INVALID");
+    let status = assert_rejected(status, Code::InvalidArgument, "UPDATE_MASK_INVALID");
     assert_eq!(violations(&status), [("items[0].update_mask".into(), "UPDATE_MASK_INVALID".into())]);
 }
 
 #[tokio::test]
-async fn the_code_of_a_refusal_is_that_of_what_is_hardest_to_cure() {
+async fn status_code_is_that_of_the_violation_that_is_hardest_to_fix() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let users = batch_created(&mut client, (0..5).map(|n| format!("user{n}"))).await;
@@ -300,7 +302,7 @@ async fn the_code_of_a_refusal_is_that_of_what_is_hardest_to_cure() {
     for count in 2..=items.len() {
         let (_, code, reason) = items[count - 1];
         let request = batch_update(items[..count].iter().map(|(user, ..)| user.clone()));
-        let status = assert_refused(client.batch_update_users(request).await, code, reason);
+        let status = assert_rejected(client.batch_update_users(request).await, code, reason);
         assert_eq!(violations(&status).len(), count - 1);
     }
     let request = pb::BatchDeleteUsersRequest {
@@ -312,47 +314,47 @@ async fn the_code_of_a_refusal_is_that_of_what_is_hardest_to_cure() {
         ..Default::default()
     };
     let status = client.batch_delete_users(request).await;
-    let status = assert_refused(status, Code::FailedPrecondition, "USER_DELETED");
+    let status = assert_rejected(status, Code::FailedPrecondition, "USER_DELETED");
     let expected = [("items[0].revision", "REVISION_MISMATCH"), ("items[2].id", "USER_DELETED")];
     assert_eq!(violations(&status), expected.map(|(field, reason)| (field.to_owned(), reason.to_owned())));
 }
 
 #[tokio::test]
-async fn one_user_who_is_missing_keeps_all_from_being_changed() {
+async fn one_missing_user_rejects_the_whole_batch() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let users = batch_created(&mut client, (0..2).map(|n| format!("user{n}"))).await;
-    let nobody = new_request_id();
-    let ids = [&users[0].id, &nobody, &users[1].id];
+    let missing = new_request_id();
+    let ids = [&users[0].id, &missing, &users[1].id];
     let before = rows(&database).await;
-    let answers = [
+    let responses = [
         (
             "items[1].user.id",
             client.batch_update_users(batch_update(ids.map(|id| renamed(id, "x")))).await.map(drop),
         ),
         ("items[1].id", client.batch_delete_users(batch_delete(ids.map(String::as_str))).await.map(drop)),
     ];
-    for (field, answer) in answers {
-        let status = assert_refused(answer, Code::NotFound, "USER_NOT_FOUND");
+    for (field, response) in responses {
+        let status = assert_rejected(response, Code::NotFound, "USER_NOT_FOUND");
         assert_eq!(violations(&status), [(field.into(), "USER_NOT_FOUND".into())]);
     }
     assert_eq!(rows(&database).await, before);
 }
 
 #[tokio::test]
-async fn no_item_and_more_than_a_thousand_are_refused() {
+async fn batch_of_no_items_or_over_a_thousand_is_rejected() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     for (count, reason) in [(0, "FIELD_REQUIRED"), (1001, "BATCH_TOO_LARGE")] {
         let users = || (0..count).map(|n| user(&format!("user{n}")));
         let ids: Vec<_> = (0..count).map(|_| new_request_id()).collect();
-        let answers = [
+        let responses = [
             client.batch_create_users(batch_create(users())).await.map(drop),
             client.batch_update_users(batch_update(users())).await.map(drop),
             client.batch_delete_users(batch_delete(ids.iter().map(String::as_str))).await.map(drop),
         ];
-        for answer in answers {
-            let status = assert_refused(answer, Code::InvalidArgument, reason);
+        for response in responses {
+            let status = assert_rejected(response, Code::InvalidArgument, reason);
             assert_eq!(violations(&status), [("items".into(), reason.into())]);
         }
     }
@@ -360,7 +362,7 @@ async fn no_item_and_more_than_a_thousand_are_refused() {
 }
 
 #[tokio::test]
-async fn validate_only_answers_like_the_real_batch_and_writes_nothing() {
+async fn validate_only_batch_returns_what_the_real_one_would_and_writes_nothing() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let timeless = |users: Vec<pb::User>| -> Vec<pb::User> {

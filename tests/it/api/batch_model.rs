@@ -1,4 +1,4 @@
-//! A batch is answered as a call on each of its users would have been.
+//! Random batches have the same outcome as dry runs of single requests.
 
 use std::collections::HashMap;
 
@@ -11,17 +11,18 @@ use crate::support::*;
 
 type Client = UserServiceClient<Channel>;
 
+/// A change of one user, by a single request or as an item of a batch.
 #[derive(Clone)]
-enum Call {
+enum SingleChange {
     Create(pb::User),
     Update(pb::User),
     Delete(String, i64),
 }
 
-/// Calls of one kind, on users of their own, most of which can be done.
-fn random_calls(rng: &mut StdRng, users: &[pb::User], round: usize) -> Vec<Call> {
+/// Changes of one kind, each of another user. Most of them are valid.
+fn random_changes(rng: &mut StdRng, users: &[pb::User], batch: usize) -> Vec<SingleChange> {
     let first = rng.random_range(0..users.len());
-    let mut calls = Vec::new();
+    let mut changes = Vec::new();
     for n in 0..rng.random_range(1..8) {
         let known = &users[(first + n) % users.len()];
         let is_bad = rng.random_bool(0.1);
@@ -30,38 +31,38 @@ fn random_calls(rng: &mut StdRng, users: &[pb::User], round: usize) -> Vec<Call>
             0 => known.revision + i64::from(is_bad),
             _ => 0,
         };
-        let fresh = user(&format!("round{round}n{n}"));
+        let new = user(&format!("batch{batch}n{n}"));
         let username = match rng.random_range(0..10) {
-            // Somebody else's, and nobody else asks for it.
+            // The username of another user, which no other item requests.
             0..5 if is_bad && n == 0 => users[(first + 20) % users.len()].username.to_uppercase(),
-            0 => fresh.username.clone(),
+            0 => new.username.clone(),
             _ => String::new(),
         };
-        let email = if rng.random_bool(0.5) { fresh.email.clone() } else { known.email.clone() };
-        calls.push(match round % 3 {
-            0 if !is_bad => Call::Create(pb::User { id: new_request_id(), ..fresh }),
-            0 if n % 2 == 0 => Call::Create(pb::User { id, ..fresh }),
-            0 => Call::Create(known.clone()),
-            1 => Call::Update(pb::User { username, email, revision, ..renamed(&id, "Same") }),
-            _ => Call::Delete(id, revision),
+        let email = if rng.random_bool(0.5) { new.email.clone() } else { known.email.clone() };
+        changes.push(match batch % 3 {
+            0 if !is_bad => SingleChange::Create(pb::User { id: new_request_id(), ..new }),
+            0 if n % 2 == 0 => SingleChange::Create(pb::User { id, ..new }),
+            0 => SingleChange::Create(known.clone()),
+            1 => SingleChange::Update(pb::User { username, email, revision, ..renamed(&id, "Same") }),
+            _ => SingleChange::Delete(id, revision),
         });
     }
-    calls
+    changes
 }
 
-/// Asks what would happen.
-async fn try_alone(client: &mut Client, call: &Call) -> Result<pb::User, Status> {
-    let user = match call.clone() {
-        Call::Create(user) => {
+/// Runs one change with `validate_only`.
+async fn dry_run(client: &mut Client, change: &SingleChange) -> Result<pb::User, Status> {
+    let user = match change.clone() {
+        SingleChange::Create(user) => {
             let request = pb::CreateUserRequest { validate_only: true, ..create(user) };
             client.create_user(request).await?.into_inner().user
         }
-        Call::Update(user) => {
+        SingleChange::Update(user) => {
             let user = Some(user);
             let request = pb::UpdateUserRequest { user, validate_only: true, ..Default::default() };
             client.update_user(request).await?.into_inner().user
         }
-        Call::Delete(id, revision) => {
+        SingleChange::Delete(id, revision) => {
             let request = pb::DeleteUserRequest { revision, validate_only: true, ..delete(&id) };
             client.delete_user(request).await?.into_inner().user
         }
@@ -69,13 +70,14 @@ async fn try_alone(client: &mut Client, call: &Call) -> Result<pb::User, Status>
     Ok(user.unwrap())
 }
 
-async fn make_together(client: &mut Client, calls: &[Call]) -> Result<Vec<pb::User>, Status> {
+/// Runs the changes as one batch.
+async fn run_batch(client: &mut Client, changes: &[SingleChange]) -> Result<Vec<pb::User>, Status> {
     let (mut creates, mut updates, mut deletes) = (Vec::new(), Vec::new(), Vec::new());
-    for call in calls.iter().cloned() {
-        match call {
-            Call::Create(user) => creates.push(user),
-            Call::Update(user) => updates.push(user),
-            Call::Delete(id, revision) => {
+    for change in changes.iter().cloned() {
+        match change {
+            SingleChange::Create(user) => creates.push(user),
+            SingleChange::Update(user) => updates.push(user),
+            SingleChange::Delete(id, revision) => {
                 deletes.push(pb::BatchDeleteUsersItem { id, revision, ..Default::default() })
             }
         }
@@ -90,18 +92,18 @@ async fn make_together(client: &mut Client, calls: &[Call]) -> Result<Vec<pb::Us
     Ok(client.batch_delete_users(request).await?.into_inner().users)
 }
 
-/// The items that a batch was refused for, each with its first reason: a call on one
-/// user has no other.
-fn refusals(status: &Status) -> HashMap<usize, String> {
-    let mut refusals = HashMap::new();
+/// The rejected items of a batch, each with its first reason, which is the one that a single
+/// request returns.
+fn rejections(status: &Status) -> HashMap<usize, String> {
+    let mut rejections = HashMap::new();
     for (field, reason) in violations(status) {
         let index = field.split(['[', ']']).nth(1).unwrap().parse().unwrap();
-        refusals.entry(index).or_insert(reason);
+        rejections.entry(index).or_insert(reason);
     }
-    refusals
+    rejections
 }
 
-/// The user, but for the moment at which it was changed.
+/// The user without the times that depend on when it was changed.
 fn without_times(user: &pb::User) -> pb::User {
     let now = |time: Option<prost_types::Timestamp>| time.map(|_| prost_types::Timestamp::default());
     pb::User {
@@ -114,9 +116,9 @@ fn without_times(user: &pb::User) -> pb::User {
 }
 
 #[tokio::test]
-async fn a_batch_is_answered_as_a_call_on_each_user_would_have_been() {
+async fn batch_has_the_same_outcome_as_single_requests() {
     let seed = rand::random::<u64>();
-    #[expect(clippy::print_stdout, reason = "to run it again when it fails")]
+    #[expect(clippy::print_stdout, reason = "a failure is repeated with its seed")]
     {
         println!("seed {seed}");
     }
@@ -124,35 +126,35 @@ async fn a_batch_is_answered_as_a_call_on_each_user_would_have_been() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let mut users = batch_created(&mut client, (0..60).map(|n| format!("user{n}"))).await;
-    let (mut refused, mut done) = (0, 0);
-    for round in 0..120 {
-        let calls = random_calls(&mut rng, &users, round);
-        let mut alone = Vec::new();
-        for call in &calls {
-            alone.push(try_alone(&mut client, call).await);
+    let (mut rejected, mut accepted) = (0, 0);
+    for batch in 0..120 {
+        let changes = random_changes(&mut rng, &users, batch);
+        let mut dry_runs = Vec::new();
+        for change in &changes {
+            dry_runs.push(dry_run(&mut client, change).await);
         }
-        let together = make_together(&mut client, &calls).await;
-        let expected: HashMap<usize, String> = alone
+        let result = run_batch(&mut client, &changes).await;
+        let expected: HashMap<usize, String> = dry_runs
             .iter()
             .enumerate()
-            .filter_map(|(n, answer)| Some((n, reason(answer.as_ref().err()?))))
+            .filter_map(|(n, response)| Some((n, reason(response.as_ref().err()?))))
             .collect();
-        let Ok(answers) = together else {
-            assert_eq!(refusals(&together.unwrap_err()), expected, "round {round}");
-            refused += 1;
+        let Ok(changed) = result else {
+            assert_eq!(rejections(&result.unwrap_err()), expected, "batch {batch}");
+            rejected += 1;
             continue;
         };
-        assert_eq!(expected, HashMap::new(), "round {round}");
-        done += 1;
-        for (answer, alone) in answers.into_iter().zip(alone) {
-            assert_eq!(without_times(&answer), without_times(&alone.unwrap()), "round {round}");
-            let now = client.get_user(by_id(&answer.id)).await.unwrap().into_inner().user.unwrap();
-            assert_eq!(now, answer);
+        assert_eq!(expected, HashMap::new(), "batch {batch}");
+        accepted += 1;
+        for (user, dry_run) in changed.into_iter().zip(dry_runs) {
+            assert_eq!(without_times(&user), without_times(&dry_run.unwrap()), "batch {batch}");
+            let now = client.get_user(by_id(&user.id)).await.unwrap().into_inner().user.unwrap();
+            assert_eq!(now, user);
             match users.iter_mut().find(|user| user.id == now.id) {
                 Some(user) => *user = now,
                 None => users.push(now),
             }
         }
     }
-    assert!(refused > 10 && done > 10, "{refused} refused, {done} done");
+    assert!(rejected > 10 && accepted > 10, "{rejected} rejected, {accepted} accepted");
 }

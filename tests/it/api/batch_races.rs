@@ -1,5 +1,5 @@
-//! Batches on the same users at the same time: none waits in a circle, each sees
-//! what the others did.
+//! Concurrent batches of the same users: they do not deadlock, and each sees the changes of the
+//! one before.
 
 use std::sync::Arc;
 
@@ -12,19 +12,19 @@ use uuid::Uuid;
 use crate::api::batch::{batch_created, batch_delete, batch_update, renamed};
 use crate::support::*;
 
-/// How often PostgreSQL has had to end a transaction, because it and others waited
-/// for one another. Sessions report it at their end at the latest.
+/// Stops the server and returns the number of deadlocks that PostgreSQL has resolved. A session
+/// reports them at its end at the latest.
 async fn deadlocks(server: Server, database: &Database) -> i64 {
     drop(server);
     let sessions = "select count(*) from pg_stat_activity
         where datname = current_database() and application_name = 'user-service'";
-    eventually("its sessions end", async || (database.count(sessions).await == 0).then_some(())).await;
+    eventually("the sessions end", async || (database.count(sessions).await == 0).then_some(())).await;
     database.count("select deadlocks from pg_stat_database where datname = current_database()").await
 }
 
 #[tokio::test]
-async fn batches_in_opposite_order_and_calls_between_them_never_wait_in_a_circle() {
-    const ROUNDS: usize = 40;
+async fn batches_in_opposite_order_and_single_requests_do_not_deadlock() {
+    const UPDATES: usize = 40;
     let (server, database) = server().await;
     let client = server.client().await;
     let users = batch_created(&mut client.clone(), (0..60).map(|n| format!("user{n}"))).await;
@@ -34,28 +34,28 @@ async fn batches_in_opposite_order_and_calls_between_them_never_wait_in_a_circle
         let mut rng = StdRng::seed_from_u64(rand::random());
         tokio::spawn(async move {
             let mut ids: Vec<_> = ids.iter().collect();
-            for round in 0..ROUNDS {
+            for update in 0..UPDATES {
                 match caller % 3 {
                     0 => {}
                     1 => ids.reverse(),
                     _ => ids.shuffle(&mut rng),
                 }
-                let request = batch_update(ids.iter().map(|id| renamed(id, &format!("{caller} {round}"))));
+                let request = batch_update(ids.iter().map(|id| renamed(id, &format!("{caller} {update}"))));
                 let request = pb::BatchUpdateUsersRequest { request_id: new_request_id(), ..request };
                 let users = client.batch_update_users(request).await.unwrap().into_inner().users;
                 assert!(users.iter().zip(&ids).all(|(user, id)| user.id == **id));
-                assert!(users.iter().all(|user| user.display_name == format!("{caller} {round}")));
+                assert!(users.iter().all(|user| user.display_name == format!("{caller} {update}")));
             }
         })
     });
-    // As many at once as it takes to be grouped.
+    // Enough concurrent requests to be coalesced.
     let calls = (0..20).map(|caller| {
         let (mut client, ids) = (client.clone(), Arc::clone(&ids));
         let mut rng = StdRng::seed_from_u64(rand::random());
         tokio::spawn(async move {
-            for round in 0..ROUNDS {
+            for update in 0..UPDATES {
                 let id = &ids[rng.random_range(0..ids.len())];
-                let request = rename(id, &format!("{caller} {round}, alone"));
+                let request = rename(id, &format!("{caller} {update}, single"));
                 let request = pb::UpdateUserRequest { request_id: new_request_id(), ..request };
                 client.update_user(request).await.unwrap();
             }
@@ -65,7 +65,7 @@ async fn batches_in_opposite_order_and_calls_between_them_never_wait_in_a_circle
     for task in tasks {
         task.await.unwrap();
     }
-    let changes = 60 * 6 * ROUNDS as i64 + 20 * ROUNDS as i64;
+    let changes = 60 * 6 * UPDATES as i64 + 20 * UPDATES as i64;
     assert_eq!(database.count("select sum(revision - 1)::bigint from users").await, changes);
     assert_eq!(
         database.count("select count(distinct (user_id, revision)) from user_changes").await,
@@ -75,11 +75,11 @@ async fn batches_in_opposite_order_and_calls_between_them_never_wait_in_a_circle
 }
 
 #[tokio::test]
-async fn of_two_batches_that_delete_the_same_users_one_does_and_the_other_names_them_all() {
+async fn second_of_two_batches_that_delete_the_same_users_is_rejected_with_all_items() {
     let (server, database) = server().await;
     let client = server.client().await;
-    for round in 0..20 {
-        let users = batch_created(&mut client.clone(), (0..40).map(|n| format!("user{round}n{n}"))).await;
+    for race in 0..20 {
+        let users = batch_created(&mut client.clone(), (0..40).map(|n| format!("user{race}n{n}"))).await;
         let ids: Vec<_> = users.iter().map(|user| user.id.as_str()).collect();
         let delete = |request| {
             let mut client = client.clone();
@@ -87,40 +87,40 @@ async fn of_two_batches_that_delete_the_same_users_one_does_and_the_other_names_
         };
         let calls =
             [delete(batch_delete(ids.iter().copied())), delete(batch_delete(ids.iter().rev().copied()))];
-        let answers = join_all(calls).await.into_iter().map(Result::unwrap);
-        let (won, lost): (Vec<_>, Vec<_>) = answers.partition(Result::is_ok);
-        assert_eq!(won.len(), 1);
-        let lost = lost.into_iter().next().unwrap();
-        let status = assert_refused(lost, Code::FailedPrecondition, "USER_DELETED");
-        assert_eq!(refused_elements(&status, "items"), "0-39");
+        let responses = join_all(calls).await.into_iter().map(Result::unwrap);
+        let (accepted, rejected): (Vec<_>, Vec<_>) = responses.partition(Result::is_ok);
+        assert_eq!(accepted.len(), 1);
+        let rejected = rejected.into_iter().next().unwrap();
+        let status = assert_rejected(rejected, Code::FailedPrecondition, "USER_DELETED");
+        assert_eq!(rejected_elements(&status, "items"), "0-39");
     }
     assert_eq!(database.count("select count(*) from user_changes where kind = 3").await, 20 * 40);
     assert_eq!(deadlocks(server, &database).await, 0);
 }
 
 #[tokio::test]
-async fn of_two_batches_that_create_the_same_users_one_does_and_the_other_names_them_all() {
+async fn second_of_two_batches_that_create_the_same_users_is_rejected_with_all_items() {
     let (server, database) = server().await;
     let client = server.client().await;
-    for round in 0..20 {
-        let users: Vec<_> = (0..40).map(|n| user(&format!("user{round}n{n}"))).collect();
+    for race in 0..20 {
+        let users: Vec<_> = (0..40).map(|n| user(&format!("user{race}n{n}"))).collect();
         let create = |request| {
             let mut client = client.clone();
             tokio::spawn(async move { client.batch_create_users(request).await })
         };
         let batches = [batch_create(users.clone()), batch_create(users.iter().rev().cloned())];
-        // And a call that meets both.
+        // A single request that conflicts with both.
         let single = {
             let (mut client, request) = (client.clone(), create_one(&users[20]));
             tokio::spawn(async move { client.create_user(request).await })
         };
-        let answers = join_all(batches.map(create)).await.into_iter().map(Result::unwrap);
-        let (won, lost): (Vec<_>, Vec<_>) = answers.partition(Result::is_ok);
+        let responses = join_all(batches.map(create)).await.into_iter().map(Result::unwrap);
+        let (accepted, rejected): (Vec<_>, Vec<_>) = responses.partition(Result::is_ok);
         let single = single.await.unwrap();
-        assert_eq!(won.len() + usize::from(single.is_ok()), 1);
-        for lost in lost {
-            let status = assert_refused(lost, Code::AlreadyExists, "USERNAME_TAKEN");
-            let named = refused_elements(&status, "items");
+        assert_eq!(accepted.len() + usize::from(single.is_ok()), 1);
+        for rejected in rejected {
+            let status = assert_rejected(rejected, Code::AlreadyExists, "USERNAME_TAKEN");
+            let named = rejected_elements(&status, "items");
             assert!(named == "0-39" || single.is_ok() && ["20", "19"].contains(&named.as_str()), "{named}");
         }
     }
@@ -132,13 +132,13 @@ fn create_one(user: &pb::User) -> pb::CreateUserRequest {
 }
 
 #[tokio::test]
-async fn of_two_batches_that_rename_others_to_the_same_usernames_one_does_and_the_other_names_them_all() {
+async fn second_of_two_batches_that_take_the_same_usernames_is_rejected_with_all_items() {
     let (server, database) = server().await;
     let client = server.client().await;
     let users = batch_created(&mut client.clone(), (0..80).map(|n| format!("user{n}"))).await;
-    let (some, others) = users.split_at(40);
-    for round in 0..20 {
-        let names: Vec<_> = (0..40).map(|n| format!("{SECRET}round{round}n{n}")).collect();
+    let (first, second) = users.split_at(40);
+    for race in 0..20 {
+        let names: Vec<_> = (0..40).map(|n| format!("{SECRET}race{race}n{n}")).collect();
         let rename = |users: &[pb::User], names: Vec<&String>| {
             let named = |(user, name): (&pb::User, &String)| pb::User {
                 id: user.id.clone(),
@@ -148,19 +148,19 @@ async fn of_two_batches_that_rename_others_to_the_same_usernames_one_does_and_th
             let (mut client, request) = (client.clone(), batch_update(users.iter().zip(names).map(named)));
             tokio::spawn(async move { client.batch_update_users(request).await })
         };
-        let calls = [rename(some, names.iter().collect()), rename(others, names.iter().rev().collect())];
-        let answers = join_all(calls).await.into_iter().map(Result::unwrap);
-        let (won, lost): (Vec<_>, Vec<_>) = answers.partition(Result::is_ok);
-        assert_eq!(won.len(), 1);
-        let lost = lost.into_iter().next().unwrap();
-        let status = assert_refused(lost, Code::AlreadyExists, "USERNAME_TAKEN");
-        assert_eq!(refused_elements(&status, "items"), "0-39");
+        let calls = [rename(first, names.iter().collect()), rename(second, names.iter().rev().collect())];
+        let responses = join_all(calls).await.into_iter().map(Result::unwrap);
+        let (accepted, rejected): (Vec<_>, Vec<_>) = responses.partition(Result::is_ok);
+        assert_eq!(accepted.len(), 1);
+        let rejected = rejected.into_iter().next().unwrap();
+        let status = assert_rejected(rejected, Code::AlreadyExists, "USERNAME_TAKEN");
+        assert_eq!(rejected_elements(&status, "items"), "0-39");
     }
     assert_eq!(deadlocks(server, &database).await, 0);
 }
 
 #[tokio::test]
-async fn who_takes_a_username_after_a_batch_has_looked_is_named_all_the_same() {
+async fn username_taken_after_a_batch_has_checked_it_is_named() {
     let (server, database) = server().await;
     let client = server.client().await;
     let alice = created(&mut client.clone(), "alice").await;
@@ -190,12 +190,12 @@ async fn who_takes_a_username_after_a_batch_has_looked_is_named_all_the_same() {
         async |sql: String, call: std::pin::Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>| {
             holder.batch_execute(&sql).await.unwrap();
             let call = tokio::spawn(call);
-            eventually("it waits for the username", async || {
+            eventually("the request waits for the username", async || {
                 (database.count(WAITING).await == 1).then_some(())
             })
             .await;
             holder.batch_execute("commit").await.unwrap();
-            let status = assert_refused(call.await.unwrap(), Code::AlreadyExists, "USERNAME_TAKEN");
+            let status = assert_rejected(call.await.unwrap(), Code::AlreadyExists, "USERNAME_TAKEN");
             assert_eq!(violations(&status), [("items[1].user.username".into(), "USERNAME_TAKEN".into())]);
         };
     race(take("bob"), Box::pin(create)).await;
@@ -206,13 +206,13 @@ async fn who_takes_a_username_after_a_batch_has_looked_is_named_all_the_same() {
 }
 
 #[tokio::test]
-async fn a_batch_that_waited_decides_on_what_it_finds_then() {
+async fn batch_that_waits_for_locks_uses_the_rows_as_they_are_after_the_wait() {
     let (server, database) = server().await;
     let client = server.client().await;
     let users = batch_created(&mut client.clone(), (0..5).map(|n| format!("user{n}"))).await;
     let id = |n: usize| users[n].id.as_str();
     let holder = database.connect().await;
-    let meanwhile = format!(
+    let changes = format!(
         "begin;
         update users set revision = 2, display_name = 'Old' where id = '{}';
         update users set revision = 2, delete_time = now(), purge_time = now() where id = '{}';
@@ -223,33 +223,33 @@ async fn a_batch_that_waited_decides_on_what_it_finds_then() {
         id(2),
         id(3)
     );
-    holder.batch_execute(&meanwhile).await.unwrap();
+    holder.batch_execute(&changes).await.unwrap();
     let at = |n: usize, revision| pb::User { revision, ..renamed(id(n), "Same") };
-    let refused = batch_update([at(0, 1), at(1, 1), at(2, 0), at(4, 0)]);
-    // What the row said before the wait is what is asked for, and the other way round.
+    let rejected = batch_update([at(0, 1), at(1, 1), at(2, 0), at(4, 0)]);
+    // One item requests what its row had before the wait, the other what it has after it.
     let back = pb::User { display_name: users[0].display_name.clone(), ..at(0, 0) };
-    let done = batch_update([at(3, 0), back]);
+    let accepted = batch_update([at(3, 0), back]);
     let call = |request| {
         let mut client = client.clone();
         tokio::spawn(async move { client.batch_update_users(request).await })
     };
-    let (refused, done) = (call(refused), call(done));
-    eventually("both wait", async || (database.count(WAITING).await == 2).then_some(())).await;
+    let (rejected, accepted) = (call(rejected), call(accepted));
+    eventually("both batches wait", async || (database.count(WAITING).await == 2).then_some(())).await;
     holder.batch_execute("commit").await.unwrap();
-    let status = assert_refused(refused.await.unwrap(), Code::NotFound, "USER_NOT_FOUND");
+    let status = assert_rejected(rejected.await.unwrap(), Code::NotFound, "USER_NOT_FOUND");
     let expected = [
         ("items[0].user.revision", "REVISION_MISMATCH"),
         ("items[1].user.id", "USER_DELETED"),
         ("items[2].user.id", "USER_NOT_FOUND"),
     ];
     assert_eq!(violations(&status), expected.map(|(field, reason)| (field.to_owned(), reason.to_owned())));
-    let done = done.await.unwrap().unwrap().into_inner().users;
-    assert_eq!((done[0].revision, done[0].display_name.as_str()), (2, "Same"));
-    assert_eq!((done[1].revision, &done[1].display_name), (3, &users[0].display_name));
+    let users_after = accepted.await.unwrap().unwrap().into_inner().users;
+    assert_eq!((users_after[0].revision, users_after[0].display_name.as_str()), (2, "Same"));
+    assert_eq!((users_after[1].revision, &users_after[1].display_name), (3, &users[0].display_name));
 }
 
 #[tokio::test]
-async fn a_batch_that_stands_in_a_circle_all_the_same_is_run_again() {
+async fn deadlocked_batch_is_run_again() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let mut ids: Vec<_> = batch_created(&mut client, (0..3).map(|n| format!("user{n}")))
@@ -260,17 +260,20 @@ async fn a_batch_that_stands_in_a_circle_all_the_same_is_run_again() {
     ids.sort_unstable_by_key(|id| Uuid::parse_str(id).unwrap());
     let lock = |id: &str| format!("select from users where id = '{id}' for update");
     let (holder, other) = (database.connect().await, database.connect().await);
-    // Somebody who locks in the other order, and has more patience.
+    // A session that locks in the other order, and that does not look for deadlocks.
     holder.batch_execute("set deadlock_timeout = '10min'; begin").await.unwrap();
     holder.batch_execute(&lock(&ids[2])).await.unwrap();
     other.batch_execute("begin").await.unwrap();
     other.batch_execute(&lock(&ids[1])).await.unwrap();
     let request = batch_update(ids.iter().map(|id| renamed(id, "New")));
     let call = tokio::spawn(async move { client.batch_update_users(request).await });
-    eventually("it waits", async || (database.count(WAITING).await == 1).then_some(())).await;
-    // It is the batch that closes the circle: whoever waits looks for one only once.
+    eventually("the batch waits", async || (database.count(WAITING).await == 1).then_some(())).await;
+    // The batch has to close the cycle: a session looks for a deadlock only once in each wait.
     let close = async {
-        eventually("both wait", async || (database.count(WAITING).await == 2).then_some(())).await;
+        eventually("the batch and the holder wait", async || {
+            (database.count(WAITING).await == 2).then_some(())
+        })
+        .await;
         other.batch_execute("commit").await.unwrap();
     };
     let first = lock(&ids[0]);
@@ -279,6 +282,6 @@ async fn a_batch_that_stands_in_a_circle_all_the_same_is_run_again() {
     holder.batch_execute("commit").await.unwrap();
     let users = call.await.unwrap().unwrap().into_inner().users;
     assert!(users.iter().all(|user| user.revision == 2));
-    // It may be back before the other one has got the lock that it gave up.
+    // The retry can lock the row again before the holder gets it, which is another deadlock.
     assert!(deadlocks(server, &database).await >= 1);
 }

@@ -1,4 +1,4 @@
-//! The same batch, made again, is made once.
+//! Request ids of batches: a retried batch takes effect once.
 
 use futures_util::future::join_all;
 use tonic::Code;
@@ -11,14 +11,14 @@ fn names(count: usize) -> impl Iterator<Item = String> {
     (0..count).map(|n| format!("user{n}"))
 }
 
-/// A batch of creates that is safe to make again.
+/// A batch of creates with a request id.
 fn creates(count: usize) -> pb::BatchCreateUsersRequest {
     let users = names(count).map(|name| user(&name));
     pb::BatchCreateUsersRequest { request_id: new_request_id(), ..batch_create(users) }
 }
 
 #[tokio::test]
-async fn twenty_batches_with_one_request_id_make_their_users_once_and_get_equal_answers() {
+async fn twenty_batches_with_one_request_id_create_their_users_once_and_get_equal_responses() {
     let (server, database) = server().await;
     let request = creates(100);
     let mut calls = Vec::new();
@@ -26,16 +26,16 @@ async fn twenty_batches_with_one_request_id_make_their_users_once_and_get_equal_
         let (mut client, request) = (server.client().await, request.clone());
         calls.push(async move { client.batch_create_users(request).await.unwrap().into_inner() });
     }
-    let answers = join_all(calls).await;
-    assert_eq!(answers[0].users.len(), 100);
-    assert!(answers.iter().all(|answer| *answer == answers[0]));
+    let responses = join_all(calls).await;
+    assert_eq!(responses[0].users.len(), 100);
+    assert!(responses.iter().all(|response| *response == responses[0]));
     assert_eq!(database.count("select count(*) from users").await, 100);
     assert_eq!(database.count("select count(*) from user_changes").await, 100);
     assert_eq!(database.count("select count(*) from requests").await, 1);
 }
 
 #[tokio::test]
-async fn a_retried_batch_changes_nothing_more_and_answers_with_the_users_as_they_are() {
+async fn retried_batch_changes_nothing_and_returns_the_current_users() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let create = creates(5);
@@ -44,7 +44,7 @@ async fn a_retried_batch_changes_nothing_more_and_answers_with_the_users_as_they
         request_id: new_request_id(),
         ..batch_update(users.iter().rev().map(|user| pb::User { revision: 1, ..renamed(&user.id, "One") }))
     };
-    // All at once: the ones that come second find revisions that no longer fit.
+    // The requests are concurrent; all but the first find other revisions.
     let calls = (0..10).map(|_| {
         let (mut client, update) = (client.clone(), update.clone());
         async move { client.batch_update_users(update).await.unwrap().into_inner().users }
@@ -61,7 +61,7 @@ async fn a_retried_batch_changes_nothing_more_and_answers_with_the_users_as_they
         let deleted = client.batch_delete_users(request.clone()).await.unwrap().into_inner().users;
         assert!(deleted.iter().all(|user| user.revision == 3 && user.delete_time.is_some()));
     }
-    // Deleted again, they would have another revision.
+    // A second delete would add a revision.
     client
         .undelete_user(pb::UndeleteUserRequest { id: users[3].id.clone(), ..Default::default() })
         .await
@@ -79,7 +79,7 @@ async fn a_retried_batch_changes_nothing_more_and_answers_with_the_users_as_they
 }
 
 #[tokio::test]
-async fn a_request_id_is_good_for_one_batch_or_for_one_call() {
+async fn request_id_is_valid_for_one_batch_or_one_single_request() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let batch = creates(2);
@@ -99,35 +99,35 @@ async fn a_request_id_is_good_for_one_batch_or_for_one_call() {
         let delete =
             pb::BatchDeleteUsersRequest { request_id: request_id(), ..batch_delete([users[0].id.as_str()]) };
         let rename = pb::UpdateUserRequest { request_id: request_id(), ..rename(&users[0].id, "x") };
-        let answers = [
+        let responses = [
             client.batch_create_users(other).await.map(drop),
             client.batch_update_users(update).await.map(drop),
             client.batch_delete_users(delete).await.map(drop),
             client.update_user(rename).await.map(drop),
         ];
-        for answer in answers {
-            let status = assert_refused(answer, Code::InvalidArgument, "REQUEST_ID_REUSED");
+        for response in responses {
+            let status = assert_rejected(response, Code::InvalidArgument, "REQUEST_ID_REUSED");
             assert_eq!(violations(&status), [("request_id".into(), "REQUEST_ID_REUSED".into())]);
         }
     }
     assert_eq!(database.count("select count(*) from users where revision = 1").await, 3);
-    // Also when its first user is gone, or anything else of a batch of one would fit.
+    // Also if the first user is erased, or if a batch of one has the same content.
     client.expunge_user(expunge(&users[0].id)).await.unwrap();
     let again = pb::CreateUserRequest { request_id: batch.request_id, ..create(user("user0")) };
-    assert_refused(client.create_user(again).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_rejected(client.create_user(again).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     let one = pb::BatchCreateUsersRequest { request_id: single.request_id, ..batch_create([user("single")]) };
-    assert_refused(client.batch_create_users(one).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_rejected(client.batch_create_users(one).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(database.count("select count(*) from users where revision = 1").await, 2);
 }
 
 #[tokio::test]
-async fn a_refused_batch_leaves_no_record_and_a_purged_one_counts_no_more() {
+async fn rejected_batch_leaves_no_record_and_a_purged_record_has_no_effect() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let taken = created(&mut client, "user1").await;
     let request = creates(2);
     let status = client.batch_create_users(request.clone()).await;
-    assert_refused(status, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_rejected(status, Code::AlreadyExists, "USERNAME_TAKEN");
     assert_eq!(database.count("select count(*) from requests").await, 0);
     client.expunge_user(expunge(&taken.id)).await.unwrap();
     let first = client.batch_create_users(request.clone()).await.unwrap().into_inner().users;
@@ -137,8 +137,8 @@ async fn a_refused_batch_leaves_no_record_and_a_purged_one_counts_no_more() {
     };
     purge().await;
     let status = client.batch_create_users(request.clone()).await;
-    assert_refused(status, Code::AlreadyExists, "USERNAME_TAKEN");
-    // The record is used again, by a call and by a batch in turn; each is known by it.
+    assert_rejected(status, Code::AlreadyExists, "USERNAME_TAKEN");
+    // The id is used again, alternately for a single request and for a batch.
     let request_id = request.request_id;
     let single = pb::UpdateUserRequest { request_id: request_id.clone(), ..rename(&first[0].id, "x") };
     let batch = pb::BatchUpdateUsersRequest {
@@ -160,7 +160,7 @@ async fn a_refused_batch_leaves_no_record_and_a_purged_one_counts_no_more() {
 }
 
 #[tokio::test]
-async fn a_retry_does_not_bring_an_erased_user_back_and_its_record_says_nothing_any_more() {
+async fn retried_batch_does_not_recreate_an_erased_user_and_its_record_reveals_nothing() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let create = creates(3);
@@ -177,18 +177,18 @@ async fn a_retry_does_not_bring_an_erased_user_back_and_its_record_says_nothing_
     client.batch_delete_users(delete.clone()).await.unwrap();
 
     client.expunge_user(expunge(&users[1].id)).await.unwrap();
-    // As much is known still: a batch of one it was not.
+    // The record still shows that the request was not a batch of one.
     let one =
         pb::BatchCreateUsersRequest { request_id: create.request_id.clone(), ..batch_create([user("one")]) };
-    assert_refused(client.batch_create_users(one).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_rejected(client.batch_create_users(one).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     let id_fields = ["items[1].user.id", "items[1].user.id", "items[1].id"];
-    let answers = [
+    let responses = [
         client.batch_create_users(create).await.map(drop),
         client.batch_update_users(update).await.map(drop),
         client.batch_delete_users(delete).await.map(drop),
     ];
-    for (answer, field) in answers.into_iter().zip(id_fields) {
-        let status = assert_refused(answer, Code::NotFound, "USER_NOT_FOUND");
+    for (response, field) in responses.into_iter().zip(id_fields) {
+        let status = assert_rejected(response, Code::NotFound, "USER_NOT_FOUND");
         assert_eq!(violations(&status), [(field.into(), "USER_NOT_FOUND".into())]);
     }
     assert_eq!(database.count("select count(*) from users").await, 2);
@@ -201,7 +201,7 @@ async fn a_retry_does_not_bring_an_erased_user_back_and_its_record_says_nothing_
 }
 
 #[tokio::test]
-async fn the_same_batch_has_another_fingerprint_when_any_of_its_users_is_another() {
+async fn fingerprint_of_a_batch_depends_on_the_salt_of_every_user() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let admin = database.connect().await;
@@ -210,14 +210,14 @@ async fn the_same_batch_has_another_fingerprint_when_any_of_its_users_is_another
         ..batch_create(names(3).map(|name| pb::User { id: new_request_id(), ..user(&name) }))
     };
     client.batch_create_users(request.clone()).await.unwrap();
-    // Known again, unless the salt of any one of them is lost.
+    // A retry is recognized, unless the salt of any user is lost.
     client.batch_create_users(request.clone()).await.unwrap();
     let salts = "update users set fingerprint_salt = sha256(fingerprint_salt) where username = $1";
     for name in names(3) {
         let before = admin.query("select fingerprint_salt, id from users", &[]).await.unwrap();
         admin.execute(salts, &[&format!("{SECRET}{name}")]).await.unwrap();
         let status = client.batch_create_users(request.clone()).await;
-        assert_refused(status, Code::InvalidArgument, "REQUEST_ID_REUSED");
+        assert_rejected(status, Code::InvalidArgument, "REQUEST_ID_REUSED");
         for row in before {
             let restore = "update users set fingerprint_salt = $1 where id = $2";
             let (salt, id): (Vec<u8>, uuid::Uuid) = (row.get(0), row.get(1));
@@ -228,22 +228,22 @@ async fn the_same_batch_has_another_fingerprint_when_any_of_its_users_is_another
 }
 
 #[tokio::test]
-async fn a_batch_whose_connection_breaks_is_settled_by_the_retry() {
+async fn retry_resolves_the_outcome_of_a_batch_whose_connection_broke() {
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[]).await;
     let mut client = server.client().await;
     let request = creates(100);
-    proxy.hold_answers();
+    proxy.hold_responses();
     let call = tokio::spawn({
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.batch_create_users(request).await }
     });
     let count = "select count(*) from users";
-    eventually("it is committed", async || (database.count(count).await == 100).then_some(())).await;
+    eventually("the batch is committed", async || (database.count(count).await == 100).then_some(())).await;
     proxy.cut();
-    assert_refused(call.await.unwrap(), Code::Unavailable, "OUTCOME_UNKNOWN");
-    let users = eventually("the retry goes through", async || {
+    assert_rejected(call.await.unwrap(), Code::Unavailable, "OUTCOME_UNKNOWN");
+    let users = eventually("the retry succeeds", async || {
         Some(client.batch_create_users(request.clone()).await.ok()?.into_inner().users)
     })
     .await;
@@ -251,7 +251,7 @@ async fn a_batch_whose_connection_breaks_is_settled_by_the_retry() {
     assert_eq!(database.count(count).await, 100);
     assert_eq!(database.count("select count(*) from user_changes").await, 100);
 
-    // So is one whose statement never got through: nothing of it is there.
+    // A batch that was not committed has no effect before its retry.
     let ids: Vec<_> = users.iter().map(|user| user.id.clone()).collect();
     let holder = database.connect().await;
     holder.batch_execute("begin; select from users for update").await.unwrap();
@@ -263,13 +263,13 @@ async fn a_batch_whose_connection_breaks_is_settled_by_the_retry() {
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.batch_delete_users(request).await }
     });
-    eventually("it waits for the rows", async || (database.count(WAITING).await == 1).then_some(())).await;
+    eventually("the batch waits for the rows", async || (database.count(WAITING).await == 1).then_some(()))
+        .await;
     terminate_backends(&database).await;
-    assert_refused(call.await.unwrap(), Code::Unavailable, "OUTCOME_UNKNOWN");
+    assert_rejected(call.await.unwrap(), Code::Unavailable, "OUTCOME_UNKNOWN");
     holder.batch_execute("rollback").await.unwrap();
     assert_eq!(database.count("select count(*) from users where revision = 1").await, 100);
-    eventually("the retry goes through", async || client.batch_delete_users(request.clone()).await.ok())
-        .await;
+    eventually("the retry succeeds", async || client.batch_delete_users(request.clone()).await.ok()).await;
     assert_eq!(database.count("select count(*) from users where revision = 2").await, 100);
     batch_created(&mut client, ["more".to_owned()].into_iter()).await;
 }

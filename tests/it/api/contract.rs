@@ -1,5 +1,5 @@
-//! What the contract says beyond single rpcs: guards of irreversible changes, keys, views,
-//! sizes, codes that stock clients retry.
+//! Rules of the contract for several rpcs: guards of irreversible changes, keys, views, sizes,
+//! and codes that stock clients retry.
 
 use tonic::Code;
 use tonic_types::StatusExt;
@@ -14,26 +14,26 @@ async fn expunge_erases_only_deleted_users_of_the_expected_revision() {
     let alice = created(&mut client, "alice").await;
     let guarded = |revision| pb::ExpungeUserRequest { force: false, revision, ..expunge(&alice.id) };
     let status = client.expunge_user(guarded(0)).await;
-    assert_refused(status, Code::FailedPrecondition, "USER_NOT_DELETED");
+    assert_rejected(status, Code::FailedPrecondition, "USER_NOT_DELETED");
     client.delete_user(delete(&alice.id)).await.unwrap();
     let status = client.expunge_user(guarded(1)).await;
-    let status = assert_refused(status, Code::FailedPrecondition, "REVISION_MISMATCH");
+    let status = assert_rejected(status, Code::FailedPrecondition, "REVISION_MISMATCH");
     assert_eq!(status.get_error_details().error_info().unwrap().metadata["current_revision"], "2");
     let tried = pb::ExpungeUserRequest { validate_only: true, ..guarded(2) };
     assert!(client.expunge_user(tried).await.unwrap().into_inner().expunge_time.is_some());
     assert_eq!(database.count("select count(*) from users").await, 1);
-    let gone = client.expunge_user(guarded(2)).await.unwrap().into_inner();
-    assert!(gone.user_id == alice.id && gone.expunge_time.is_some());
+    let expunged = client.expunge_user(guarded(2)).await.unwrap().into_inner();
+    assert!(expunged.user_id == alice.id && expunged.expunge_time.is_some());
     assert_eq!(database.count("select count(*) from users").await, 0);
 
-    assert_refused(client.expunge_user(guarded(2)).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(client.expunge_user(guarded(2)).await, Code::NotFound, "USER_NOT_FOUND");
     let allowed = pb::ExpungeUserRequest { allow_missing: true, ..guarded(2) };
     assert_eq!(client.expunge_user(allowed).await.unwrap().into_inner().expunge_time, None);
     assert_eq!(database.count("select count(*) from user_changes where kind = 5").await, 1);
 }
 
 #[tokio::test]
-async fn undelete_looks_at_the_revision_and_can_be_tried() {
+async fn undelete_checks_the_revision_and_accepts_validate_only() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;
@@ -43,7 +43,7 @@ async fn undelete_looks_at_the_revision_and_can_be_tried() {
         pb::UndeleteUserRequest { id, revision, validate_only, ..Default::default() }
     };
     let status = client.undelete_user(undelete(1, false)).await;
-    assert_refused(status, Code::FailedPrecondition, "REVISION_MISMATCH");
+    assert_rejected(status, Code::FailedPrecondition, "REVISION_MISMATCH");
     let tried = client.undelete_user(undelete(2, true)).await.unwrap().into_inner().user.unwrap();
     assert!(tried.delete_time.is_none() && tried.revision == 3);
     let found = client.get_user(by_id(&alice.id)).await.unwrap().into_inner().user.unwrap();
@@ -71,7 +71,7 @@ async fn batch_delete_accepts_missing_users_and_releases_usernames() {
         ..Default::default()
     };
     let status = client.batch_delete_users(request(false)).await;
-    let status = assert_refused(status, Code::NotFound, "USER_NOT_FOUND");
+    let status = assert_rejected(status, Code::NotFound, "USER_NOT_FOUND");
     let expected = [("items[1].id", "USER_DELETED"), ("items[2].id", "USER_NOT_FOUND")];
     assert_eq!(violations(&status), expected.map(|(field, reason)| (field.into(), reason.into())));
     let request = request(true);
@@ -101,14 +101,14 @@ async fn get_user_finds_the_only_live_user_with_an_address() {
     let other = pb::User { email: alice.email.clone(), ..user("other") };
     let other = client.create_user(create(other)).await.unwrap().into_inner().user.unwrap();
     let status = client.get_user(by_email(&alice.email)).await;
-    assert_refused(status, Code::FailedPrecondition, "EMAIL_AMBIGUOUS");
+    assert_rejected(status, Code::FailedPrecondition, "EMAIL_AMBIGUOUS");
     client.delete_user(delete(&other.id)).await.unwrap();
     assert_eq!(client.get_user(by_email(&alice.email)).await.unwrap().into_inner().user, Some(alice.clone()));
     client.delete_user(delete(&alice.id)).await.unwrap();
     let status = client.get_user(by_email(&alice.email)).await;
-    assert_refused(status, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(status, Code::NotFound, "USER_NOT_FOUND");
     let status = client.get_user(by_email("no address")).await;
-    let status = assert_refused(status, Code::InvalidArgument, "EMAIL_INVALID");
+    let status = assert_rejected(status, Code::InvalidArgument, "EMAIL_INVALID");
     assert_eq!(violations(&status)[0].0, "email");
 }
 
@@ -142,11 +142,11 @@ async fn every_view_is_accepted_and_an_unknown_one_is_rejected() {
     }
     let unknown = 99;
     let request = pb::ListUsersRequest { view: unknown, ..Default::default() };
-    let status = assert_refused(client.list_users(request).await, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(client.list_users(request).await, Code::InvalidArgument, "FIELD_INVALID");
     assert_eq!(violations(&status)[0].0, "view");
     let request = pb::BatchCreateUsersRequest { view: unknown, ..batch_create([user("bob")]) };
     let status = client.batch_create_users(request).await;
-    assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+    assert_rejected(status, Code::InvalidArgument, "FIELD_INVALID");
 }
 
 #[tokio::test]
@@ -167,13 +167,13 @@ async fn overload_is_unavailable_with_a_pushback_that_stock_clients_obey() {
     let mut client = server.client().await;
     let _running = client.watch_users(pb::WatchUsersRequest::default()).await.unwrap();
     let status = client.watch_users(pb::WatchUsersRequest::default()).await;
-    let status = assert_refused(status.map(drop), Code::Unavailable, "OVERLOADED");
+    let status = assert_rejected(status.map(drop), Code::Unavailable, "OVERLOADED");
     assert_eq!(status.metadata().get("grpc-retry-pushback-ms").unwrap(), "1000");
     let delay = status.get_error_details().retry_info().unwrap().retry_delay;
     assert_eq!(delay, Some(std::time::Duration::from_secs(1)));
 }
 
-/// The reasons in the proto are the only list: each has a name that is sent as it is.
+/// The proto is the only list of reasons: their names are sent unchanged.
 #[test]
 fn reasons_are_named_as_they_are_sent() {
     assert_eq!(pb::ErrorReason::UsernameTaken.as_str_name(), "USERNAME_TAKEN");

@@ -1,4 +1,4 @@
-//! A user comes into being, once.
+//! CreateUser.
 
 use futures_util::future::join_all;
 use tonic::Code;
@@ -8,14 +8,14 @@ use uuid::Uuid;
 use crate::support::*;
 
 #[tokio::test]
-async fn a_created_user_is_what_was_asked_for_and_has_revision_1() {
+async fn created_user_has_the_requested_fields_and_revision_1() {
     let (server, database) = server().await;
     let mut client = server.client().await;
-    let asked = user("alice");
+    let requested = user("alice");
     let user = created(&mut client, "alice").await;
     assert_eq!(
         (&user.username, &user.email, &user.display_name),
-        (&asked.username, &asked.email, &asked.display_name)
+        (&requested.username, &requested.email, &requested.display_name)
     );
     assert_eq!((user.revision, user.delete_time, user.purge_time), (1, None, None));
     assert!(user.create_time.is_some() && user.create_time == user.update_time);
@@ -26,7 +26,7 @@ async fn a_created_user_is_what_was_asked_for_and_has_revision_1() {
 }
 
 #[tokio::test]
-async fn the_caller_may_bring_the_id_once() {
+async fn caller_can_choose_an_id_that_is_not_taken() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let id = Uuid::from_u128(0x1234).to_string();
@@ -34,26 +34,26 @@ async fn the_caller_may_bring_the_id_once() {
     let user = client.create_user(with_id("alice")).await.unwrap().into_inner().user.unwrap();
     assert_eq!(user.id, id);
     let status =
-        assert_refused(client.create_user(with_id("bob")).await, Code::AlreadyExists, "USER_ID_TAKEN");
+        assert_rejected(client.create_user(with_id("bob")).await, Code::AlreadyExists, "USER_ID_TAKEN");
     assert_eq!(violations(&status)[0].0, "user.id");
 }
 
 #[tokio::test]
-async fn what_is_output_only_is_ignored() {
+async fn output_only_fields_are_ignored() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let time = Some(prost_types::Timestamp { seconds: 1, nanos: 0 });
-    let asked =
+    let requested =
         pb::User { revision: 7, create_time: time, delete_time: time, purge_time: time, ..user("alice") };
-    let user = client.create_user(create(asked)).await.unwrap().into_inner().user.unwrap();
+    let user = client.create_user(create(requested)).await.unwrap().into_inner().user.unwrap();
     assert_eq!((user.revision, user.delete_time, user.purge_time), (1, None, None));
     assert_ne!(user.create_time, time);
 }
 
 #[tokio::test]
-async fn of_100_concurrent_creates_of_one_username_in_many_forms_one_succeeds() {
+async fn one_of_100_concurrent_creates_of_a_username_in_many_forms_succeeds() {
     let (server, database) = server().await;
-    // é and ß as one code point and as two, in upper and lower case, in full width.
+    // é as one code point and as two, in upper and lower case, and letters in full width.
     let forms = [
         format!("{SECRET}caf\u{e9}"),
         format!("{SECRET}cafe\u{301}"),
@@ -67,10 +67,10 @@ async fn of_100_concurrent_creates_of_one_username_in_many_forms_one_succeeds() 
         let user = pb::User { username: forms[n % forms.len()].clone(), ..user("cafe") };
         calls.push(async move { client.create_user(create(user)).await });
     }
-    let (created, refused): (Vec<_>, Vec<_>) = join_all(calls).await.into_iter().partition(Result::is_ok);
-    assert_eq!((created.len(), refused.len()), (1, 99));
-    for answer in refused {
-        let status = assert_refused(answer, Code::AlreadyExists, "USERNAME_TAKEN");
+    let (created, rejected): (Vec<_>, Vec<_>) = join_all(calls).await.into_iter().partition(Result::is_ok);
+    assert_eq!((created.len(), rejected.len()), (1, 99));
+    for response in rejected {
+        let status = assert_rejected(response, Code::AlreadyExists, "USERNAME_TAKEN");
         assert_eq!(violations(&status)[0].0, "user.username");
     }
     assert_eq!(database.count("select count(*) from users").await, 1);
@@ -78,7 +78,7 @@ async fn of_100_concurrent_creates_of_one_username_in_many_forms_one_succeeds() 
 }
 
 #[tokio::test]
-async fn two_users_may_have_the_same_email() {
+async fn two_users_can_have_the_same_email() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     for name in ["alice", "bob"] {
@@ -88,7 +88,7 @@ async fn two_users_may_have_the_same_email() {
 }
 
 #[tokio::test]
-async fn validate_only_answers_like_the_real_call_and_writes_nothing() {
+async fn validate_only_create_returns_what_the_real_one_would_and_writes_nothing() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
@@ -98,19 +98,19 @@ async fn validate_only_answers_like_the_real_call_and_writes_nothing() {
     let tried = client.create_user(validate.clone()).await.unwrap().into_inner().user.unwrap();
     assert_eq!(database.count(rows).await, 0);
     let real = client.create_user(request.clone()).await.unwrap().into_inner().user.unwrap();
-    // Id and times are made anew by each call.
-    let made = |user: &pb::User| pb::User {
+    // Each request makes a new id and new times.
+    let without_id_and_times = |user: &pb::User| pb::User {
         id: String::new(),
         create_time: None,
         update_time: None,
         ..user.clone()
     };
-    assert_eq!(made(&tried), made(&real));
+    assert_eq!(without_id_and_times(&tried), without_id_and_times(&real));
 
-    // A retry and a conflict are told apart as they would be for real.
+    // A dry run also distinguishes a retry from a conflict.
     let retried = client.create_user(validate).await.unwrap().into_inner().user.unwrap();
     assert_eq!(retried, real);
     let other = pb::CreateUserRequest { validate_only: true, ..create(user("alice")) };
-    assert_refused(client.create_user(other).await, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_rejected(client.create_user(other).await, Code::AlreadyExists, "USERNAME_TAKEN");
     assert_eq!(database.count(rows).await, 3);
 }

@@ -1,4 +1,4 @@
-//! A user goes: softly, back again, for good.
+//! DeleteUser, UndeleteUser, ExpungeUser and the purge.
 
 use tonic::Code;
 use user_service::pb;
@@ -10,7 +10,7 @@ fn undelete(id: &str, username: &str) -> pb::UndeleteUserRequest {
 }
 
 #[tokio::test]
-async fn a_deleted_user_is_still_there_holds_its_username_and_comes_back() {
+async fn deleted_user_can_be_read_holds_its_username_and_can_be_undeleted() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
@@ -21,11 +21,11 @@ async fn a_deleted_user_is_still_there_holds_its_username_and_comes_back() {
     let found = client.get_user(by_username(&user.username)).await.unwrap().into_inner();
     assert_eq!(found.user, Some(deleted));
     let taken = client.create_user(create(crate::support::user("ALICE"))).await;
-    assert_refused(taken, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_rejected(taken, Code::AlreadyExists, "USERNAME_TAKEN");
 
-    let back = client.undelete_user(undelete(&user.id, "")).await.unwrap().into_inner().user.unwrap();
-    assert_eq!(back, pb::User { revision: 3, update_time: back.update_time, ..user.clone() });
-    assert_refused(
+    let undeleted = client.undelete_user(undelete(&user.id, "")).await.unwrap().into_inner().user.unwrap();
+    assert_eq!(undeleted, pb::User { revision: 3, update_time: undeleted.update_time, ..user.clone() });
+    assert_rejected(
         client.undelete_user(undelete(&user.id, "")).await,
         Code::FailedPrecondition,
         "USER_NOT_DELETED",
@@ -39,33 +39,34 @@ async fn a_deleted_user_is_still_there_holds_its_username_and_comes_back() {
 }
 
 #[tokio::test]
-async fn a_released_username_is_free_at_once_and_a_new_one_is_needed_to_come_back() {
+async fn released_username_is_free_at_once_and_undelete_requires_another_one() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;
     let release = pb::DeleteUserRequest { release_username: true, ..delete(&alice.id) };
     client.delete_user(release).await.unwrap();
-    assert_refused(client.get_user(by_username(&alice.username)).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(client.get_user(by_username(&alice.username)).await, Code::NotFound, "USER_NOT_FOUND");
     let other = created(&mut client, "alice").await;
     assert_ne!(other.id, alice.id);
 
-    let refused = client.undelete_user(undelete(&alice.id, "")).await;
-    assert_refused(refused, Code::FailedPrecondition, "USERNAME_RELEASED");
-    let refused = client.undelete_user(undelete(&alice.id, &alice.username)).await;
-    let status = assert_refused(refused, Code::AlreadyExists, "USERNAME_TAKEN");
+    let rejected = client.undelete_user(undelete(&alice.id, "")).await;
+    assert_rejected(rejected, Code::FailedPrecondition, "USERNAME_RELEASED");
+    let rejected = client.undelete_user(undelete(&alice.id, &alice.username)).await;
+    let status = assert_rejected(rejected, Code::AlreadyExists, "USERNAME_TAKEN");
     assert_eq!(violations(&status)[0].0, "username");
     let name = format!("{SECRET}alice2");
-    let back = client.undelete_user(undelete(&alice.id, &name)).await.unwrap().into_inner().user.unwrap();
-    assert_eq!((back.username, back.delete_time, back.purge_time), (name, None, None));
+    let undeleted =
+        client.undelete_user(undelete(&alice.id, &name)).await.unwrap().into_inner().user.unwrap();
+    assert_eq!((undeleted.username, undeleted.delete_time, undeleted.purge_time), (name, None, None));
 }
 
 #[tokio::test]
-async fn a_delete_looks_at_revision_and_state() {
+async fn delete_checks_the_revision_and_the_state() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
     let stale = pb::DeleteUserRequest { revision: 7, ..delete(&user.id) };
-    assert_refused(client.delete_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
+    assert_rejected(client.delete_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
     let current = pb::DeleteUserRequest { revision: 1, ..delete(&user.id) };
     let validated = pb::DeleteUserRequest { validate_only: true, ..current.clone() };
     let tried = client.delete_user(validated).await.unwrap().into_inner().user.unwrap();
@@ -73,19 +74,19 @@ async fn a_delete_looks_at_revision_and_state() {
     let deleted = client.delete_user(current).await.unwrap().into_inner().user.unwrap();
     assert!(tried.delete_time.is_some() && tried.revision == deleted.revision);
 
-    assert_refused(client.delete_user(delete(&user.id)).await, Code::FailedPrecondition, "USER_DELETED");
+    assert_rejected(client.delete_user(delete(&user.id)).await, Code::FailedPrecondition, "USER_DELETED");
     let missing = new_request_id();
-    assert_refused(client.delete_user(delete(&missing)).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(client.delete_user(delete(&missing)).await, Code::NotFound, "USER_NOT_FOUND");
     let allowed = |id: &str| pb::DeleteUserRequest { allow_missing: true, ..delete(id) };
     assert_eq!(client.delete_user(allowed(&user.id)).await.unwrap().into_inner().user, Some(deleted));
     assert_eq!(client.delete_user(allowed(&missing)).await.unwrap().into_inner().user, None);
 }
 
 #[tokio::test]
-async fn after_an_expunge_nothing_of_the_user_is_left() {
+async fn expunge_leaves_nothing_of_the_user() {
     let (server, database) = server().await;
     let mut client = server.client().await;
-    // A life that leaves as many traces as one can.
+    // Requests that leave a copy in every table.
     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
     let alice = client.create_user(request).await.unwrap().into_inner().user.unwrap();
     let renamed = pb::UpdateUserRequest {
@@ -101,46 +102,46 @@ async fn after_an_expunge_nothing_of_the_user_is_left() {
     let salt = "select encode(fingerprint_salt, 'hex') from users";
     let salt: String = database.connect().await.query_one(salt, &[]).await.unwrap().get(0);
 
-    let gone = client.expunge_user(expunge(&alice.id)).await.unwrap().into_inner();
-    assert_eq!(gone.user_id, alice.id);
-    assert!(gone.expunge_time.is_some());
+    let expunged = client.expunge_user(expunge(&alice.id)).await.unwrap().into_inner();
+    assert_eq!(expunged.user_id, alice.id);
+    assert!(expunged.expunge_time.is_some());
     let dump = database.dump().to_lowercase();
     assert!(!dump.contains(SECRET), "{dump}");
-    // The fingerprints of its requests are left, and the key to them is not.
+    // The fingerprints of its requests remain, but not their salt.
     assert_eq!(database.count("select count(*) from requests").await, 3);
     assert!(!dump.contains(&salt));
     assert_eq!(database.count("select count(*) from user_changes where kind = 5 and revision = 4").await, 1);
-    assert_refused(client.get_user(by_id(&alice.id)).await, Code::NotFound, "USER_NOT_FOUND");
-    assert_refused(client.expunge_user(expunge(&alice.id)).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(client.get_user(by_id(&alice.id)).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(client.expunge_user(expunge(&alice.id)).await, Code::NotFound, "USER_NOT_FOUND");
     created(&mut client, "eve").await;
 }
 
 #[tokio::test]
-async fn the_purge_erases_whose_time_has_come_and_nobody_else() {
+async fn purge_deletes_only_expired_rows() {
     let database = Database::migrated().await;
     let fast = [("PURGE_INTERVAL_MS", "10")];
-    // Replicas take turns; together they purge each user once.
+    // Two replicas purge each user once.
     let (server, _other) = (Server::start(&database, &fast).await, Server::start(&database, &fast).await);
     let mut client = server.client().await;
-    let mut doomed = Vec::new();
+    let mut deleted = Vec::new();
     for n in 0..40 {
         let request =
             pb::CreateUserRequest { request_id: new_request_id(), ..create(user(&format!("user{n}"))) };
         let user = client.create_user(request).await.unwrap().into_inner().user.unwrap();
         if n % 2 == 0 {
             client.delete_user(delete(&user.id)).await.unwrap();
-            doomed.push(user.id);
+            deleted.push(user.id);
         }
     }
-    let kept = doomed.pop().unwrap();
+    let kept = deleted.pop().unwrap();
     let admin = database.connect().await;
     let due = "update users set purge_time = now() where purge_time is not null and id <> $1::text::uuid";
     admin.execute(due, &[&kept]).await.unwrap();
     admin.batch_execute("update requests set expire_time = now() where request_id in (select request_id from requests limit 7)").await.unwrap();
-    // A change from before the retention, older than every other.
+    // The oldest change, beyond the retention time.
     admin.batch_execute("insert into user_changes (xid, user_id, revision, kind, time) values ('3', gen_random_uuid(), 1, 1, now() - interval '8 days')").await.unwrap();
 
-    eventually("all that is due is gone", async || {
+    eventually("all expired rows are deleted", async || {
         let left = "select (select count(*) from users where purge_time <= now())
             + (select count(*) from requests where expire_time <= now())
             + (select count(*) from user_changes where time < now() - interval '7 days')";

@@ -1,4 +1,4 @@
-//! Exports: one moment, all of it, at the client's pace and at nobody else's cost.
+//! ExportUsers: a complete snapshot, at the pace of the client, without cost to other requests.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ use crate::support::*;
 
 type Client = UserServiceClient<Channel>;
 
-/// Many users at once, a second of age for each, with display names of `len`.
+/// Inserts users, each a second older than the one before, with display names of length `len`.
 async fn insert(database: &Database, prefix: &str, count: u32, len: u32) {
     let sql = format!(
         "insert into users (id, username, username_key, username_held, email, email_key, display_name,
@@ -30,14 +30,15 @@ async fn insert(database: &Database, prefix: &str, count: u32, len: u32) {
     database.connect().await.batch_execute(&sql).await.unwrap();
 }
 
-async fn begin(
+/// Starts an export.
+async fn start(
     client: &Client,
     filter: Option<pb::UserFilter>,
 ) -> Result<Streaming<ExportUsersResponse>, Status> {
     Ok(client.clone().export_users(pb::ExportUsersRequest { filter }).await?.into_inner())
 }
 
-/// All that is left of an export, or how it breaks off.
+/// The remaining users of an export, or the status that ends it.
 async fn rest(mut export: Streaming<ExportUsersResponse>) -> Result<Vec<pb::User>, Status> {
     let mut users = Vec::new();
     while let Some(part) = export.message().await? {
@@ -48,19 +49,19 @@ async fn rest(mut export: Streaming<ExportUsersResponse>) -> Result<Vec<pb::User
 }
 
 async fn export(client: &Client, filter: pb::UserFilter) -> Vec<pb::User> {
-    rest(begin(client, Some(filter)).await.unwrap()).await.unwrap()
+    rest(start(client, Some(filter)).await.unwrap()).await.unwrap()
 }
 
-/// The service's connections that are beside its pool and have a snapshot.
+/// Counts the exports that hold a snapshot, each on its own connection.
 const EXPORTS: &str = "select count(*) from pg_stat_activity where datname = current_database()
     and application_name = 'user-service' and backend_xid is null and backend_xmin is not null
     and xact_start is not null and query like '%create_time%'";
 
 #[tokio::test]
-async fn an_export_has_all_users_that_are_not_deleted_with_all_their_fields() {
+async fn export_has_all_fields_of_all_users_that_are_not_deleted() {
     let (server, database) = server().await;
     let mut client = server.client().await;
-    // The largest that there can be are no exception.
+    // Almost as large as users can be.
     insert(&database, &"x".repeat(58), 1_200, 100).await;
     let mut expected = Vec::new();
     for name in ["alice", "bob", "carol"] {
@@ -75,7 +76,7 @@ async fn an_export_has_all_users_that_are_not_deleted_with_all_their_fields() {
 }
 
 #[tokio::test]
-async fn an_export_is_filtered_as_a_list_is() {
+async fn export_accepts_the_filters_of_a_list() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let mut users = Vec::new();
@@ -107,15 +108,15 @@ async fn an_export_is_filtered_as_a_list_is() {
     }
     let time = Some(Timestamp { seconds: 1, nanos: 0 });
     let mixed = pb::UserFilter { username_prefix: "a".into(), create_time_after: time, ..all() };
-    let answer = begin(&client, Some(mixed)).await;
-    assert_refused(answer, Code::InvalidArgument, "FILTER_UNSUPPORTED");
+    let response = start(&client, Some(mixed)).await;
+    assert_rejected(response, Code::InvalidArgument, "FILTER_UNSUPPORTED");
     let wrong = pb::UserFilter { email: "nonsense".into(), ..all() };
-    let status = assert_refused(begin(&client, Some(wrong)).await, Code::InvalidArgument, "EMAIL_INVALID");
+    let status = assert_rejected(start(&client, Some(wrong)).await, Code::InvalidArgument, "EMAIL_INVALID");
     assert_eq!(violations(&status), [("filter.email".into(), "EMAIL_INVALID".into())]);
 }
 
 #[tokio::test]
-async fn the_first_part_has_the_watch_token_of_that_very_moment() {
+async fn first_message_has_the_watch_token_of_the_snapshot() {
     let (server, _database) = server().await;
     let client = server.client().await;
     let is_over = Arc::new(AtomicBool::new(false));
@@ -132,7 +133,7 @@ async fn the_first_part_has_the_watch_token_of_that_very_moment() {
         .collect();
     let mut exports = Vec::new();
     for _ in 0..30 {
-        let mut parts = begin(&client, None).await.unwrap();
+        let mut parts = start(&client, None).await.unwrap();
         let first = parts.message().await.unwrap().unwrap();
         let ids: Vec<_> = rest(parts).await.unwrap().into_iter().map(|user| user.id).collect();
         exports.push((first.watch_token, ids));
@@ -141,7 +142,7 @@ async fn the_first_part_has_the_watch_token_of_that_very_moment() {
     for writer in writers {
         writer.await.unwrap();
     }
-    // What a watch brings from there on is exactly what the export does not have.
+    // A watch from there delivers exactly the users that the export does not have.
     let mut all: Vec<_> = export(&client, Default::default()).await.into_iter().map(|user| user.id).collect();
     all.sort();
     for (resume_token, mut ids) in exports {
@@ -158,22 +159,22 @@ async fn the_first_part_has_the_watch_token_of_that_very_moment() {
 }
 
 #[tokio::test]
-async fn an_export_is_one_moment_while_users_are_created_changed_and_deleted() {
+async fn export_is_one_snapshot_while_users_are_created_changed_and_deleted() {
     let (server, database) = server().await;
     insert(&database, "left", 1_000, 0).await;
     insert(&database, "right", 1_000, 0).await;
-    // Both of a pair always have the same display name, and there are as many pairs
-    // as ever: whoever sees anything else has seen more than one moment.
-    let turns = Arc::new(AtomicU32::new(0));
+    // Both users of a pair always have the same display name, and the number of pairs is
+    // constant. An export of more than one snapshot would differ.
+    let writes = Arc::new(AtomicU32::new(0));
     let writers: Vec<_> = (0..3_u32)
         .map(|writer| {
-            let (database, turns) = (database.clone(), Arc::clone(&turns));
+            let (database, writes) = (database.clone(), Arc::clone(&writes));
             tokio::spawn(async move {
                 let admin = database.connect().await;
-                for turn in 0.. {
-                    let (name, n) = (format!("{writer} {turn}"), 1 + (turn * 7 + writer * 333) % 1_000);
+                for write in 0.. {
+                    let (name, n) = (format!("{writer} {write}"), 1 + (write * 7 + writer * 333) % 1_000);
                     let pair = format!("username_key in ('left{n}', 'right{n}')");
-                    let sql = match turn % 3 {
+                    let sql = match write % 3 {
                         0 => format!("update users set display_name = '{name}' where {pair};"),
                         1 => format!(
                             "update users set delete_time = now(), purge_time = now() where {pair};
@@ -188,20 +189,23 @@ async fn an_export_is_one_moment_while_users_are_created_changed_and_deleted() {
                                 1, now(), now() from users where username_key = 'right{n}';"
                         ),
                     };
-                    // Two writers may meet; then one has lost its turn.
+                    // Two writers can conflict; then one rolls back.
                     if admin.batch_execute(&format!("begin; {sql} commit")).await.is_err() {
                         admin.batch_execute("rollback").await.unwrap();
                     }
-                    turns.fetch_add(1, Ordering::Relaxed);
+                    writes.fetch_add(1, Ordering::Relaxed);
                 }
             })
         })
         .collect();
     let client = server.client().await;
     for _ in 0..10 {
-        let before = turns.load(Ordering::Relaxed);
-        let parts = begin(&client, None).await.unwrap();
-        eventually("they write", async || (turns.load(Ordering::Relaxed) > before + 10).then_some(())).await;
+        let before = writes.load(Ordering::Relaxed);
+        let parts = start(&client, None).await.unwrap();
+        eventually("the writers write", async || {
+            (writes.load(Ordering::Relaxed) > before + 10).then_some(())
+        })
+        .await;
         let users = rest(parts).await.unwrap();
         assert_eq!(users.len(), 2_000);
         let names: HashMap<_, _> = users.iter().map(|u| (u.username.as_str(), &u.display_name)).collect();
@@ -217,12 +221,12 @@ async fn an_export_is_one_moment_while_users_are_created_changed_and_deleted() {
 }
 
 #[tokio::test]
-async fn readers_that_do_not_read_take_no_connection_from_others() {
+async fn stalled_exports_take_no_connection_from_the_pool() {
     let database = Database::migrated().await;
     insert(&database, "user", 50_000, 100).await;
     let server = Server::start(&database, &[("POOL_SIZE", "2"), ("RUST_LOG", "user_service=debug")]).await;
     let slow = join_all((0..4).map(async |_| {
-        let mut parts = begin(&server.client().await, None).await.unwrap();
+        let mut parts = start(&server.client().await, None).await.unwrap();
         let first = parts.message().await.unwrap().unwrap();
         assert!(!first.watch_token.is_empty());
         parts
@@ -233,7 +237,7 @@ async fn readers_that_do_not_read_take_no_connection_from_others() {
         let user = created(&mut client, &format!("other{n}")).await;
         client.get_user(by_id(&user.id)).await.unwrap();
     }
-    // PostgreSQL is not done with them: they are held back, not stored somewhere.
+    // The queries are still running: flow control holds them back, and nothing is buffered.
     assert_eq!(database.count(EXPORTS).await, 4);
     for parts in slow {
         assert_eq!(rest(parts).await.unwrap().len(), 50_000);
@@ -241,24 +245,24 @@ async fn readers_that_do_not_read_take_no_connection_from_others() {
 }
 
 #[tokio::test]
-async fn two_hundred_thousand_users_are_exported_in_little_memory() {
+async fn export_of_200_000_users_uses_little_memory() {
     let database = Database::migrated().await;
     insert(&database, "user", 200_000, 100).await;
     let server = Server::start(&database, &[("RUST_LOG", "user_service=debug")]).await;
     let before = server.memory();
-    let mut parts = begin(&server.client().await, None).await.unwrap();
+    let mut parts = start(&server.client().await, None).await.unwrap();
     let mut count = 0;
     while let Some(part) = parts.message().await.unwrap() {
         count += part.users.len();
-        // They are 50 MiB in all.
+        // All users take 50 MiB.
         let growth = server.memory().saturating_sub(before);
-        assert!(growth < 32 << 20, "the service has grown by {growth} octets");
+        assert!(growth < 32 << 20, "the service has grown by {growth} bytes");
     }
     assert_eq!(count, 200_000);
 }
 
 #[tokio::test]
-async fn exports_beyond_the_limit_are_refused_until_a_client_has_gone_and_its_query_with_it() {
+async fn export_beyond_the_limit_is_rejected_until_another_client_disconnects() {
     let database = Database::migrated().await;
     insert(&database, "user", 50_000, 100).await;
     let settings = [("MAX_EXPORTS", "2"), ("RUST_LOG", "user_service=debug")];
@@ -266,70 +270,70 @@ async fn exports_beyond_the_limit_are_refused_until_a_client_has_gone_and_its_qu
     let client = server.client().await;
     let mut held = Vec::new();
     for _ in 0..2 {
-        held.push(begin(&client, None).await.unwrap());
+        held.push(start(&client, None).await.unwrap());
     }
-    let status = assert_refused(begin(&client, None).await, Code::Unavailable, "OVERLOADED");
+    let status = assert_rejected(start(&client, None).await, Code::Unavailable, "OVERLOADED");
     assert!(status.message().contains("2 exports"), "{status:?}");
     assert_eq!(database.count(EXPORTS).await, 2);
     held.pop();
-    eventually("its query ends", async || (database.count(EXPORTS).await == 1).then_some(())).await;
-    let again = async || begin(&client, None).await.ok();
-    let again = eventually("there is room again", again).await;
+    eventually("the query ends", async || (database.count(EXPORTS).await == 1).then_some(())).await;
+    let again = async || start(&client, None).await.ok();
+    let again = eventually("a new export is accepted", again).await;
     assert_eq!(rest(again).await.unwrap().len(), 50_000);
 }
 
 #[tokio::test]
-async fn the_query_of_a_client_that_has_gone_ends_at_once() {
+async fn query_ends_when_its_client_disconnects() {
     let database = Database::migrated().await;
     insert(&database, "user", 50_000, 100).await;
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[("RUST_LOG", "user_service=debug")]).await;
-    let parts = begin(&server.client().await, None).await.unwrap();
-    // So slow that the query would never come to its end.
-    proxy.hold_answers();
+    let parts = start(&server.client().await, None).await.unwrap();
+    // The query never ends by itself.
+    proxy.hold_responses();
     assert_eq!(database.count(EXPORTS).await, 1);
     drop(parts);
-    eventually("its query ends", async || (database.count(EXPORTS).await == 0).then_some(())).await;
+    eventually("the query ends", async || (database.count(EXPORTS).await == 0).then_some(())).await;
 }
 
 #[tokio::test]
-async fn an_export_that_takes_too_long_is_ended_though_nobody_reads() {
+async fn export_ends_at_its_timeout_even_if_the_client_does_not_read() {
     let database = Database::migrated().await;
     insert(&database, "user", 50_000, 100).await;
     let settings = [("EXPORT_TIMEOUT_MS", "10000"), ("RUST_LOG", "user_service=debug")];
     let server = Server::start(&database, &settings).await;
-    let parts = begin(&server.client().await, None).await.unwrap();
-    eventually("its snapshot is let go", async || (database.count(EXPORTS).await == 0).then_some(())).await;
-    assert_refused(rest(parts).await, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    let parts = start(&server.client().await, None).await.unwrap();
+    eventually("the snapshot is released", async || (database.count(EXPORTS).await == 0).then_some(())).await;
+    assert_rejected(rest(parts).await, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
 }
 
 #[tokio::test]
-async fn an_export_that_breaks_off_never_looks_complete() {
+async fn interrupted_export_ends_with_an_error() {
     let database = Database::migrated().await;
     insert(&database, "user", 50_000, 100).await;
     let mut server = Server::start(&database, &[("RUST_LOG", "user_service=debug")]).await;
-    let parts = begin(&server.client().await, None).await.unwrap();
-    eventually("the backends are gone", async || {
+    let parts = start(&server.client().await, None).await.unwrap();
+    eventually("the backends are terminated", async || {
         terminate_backends(&database).await;
         (database.count(EXPORTS).await == 0).then_some(())
     })
     .await;
-    assert_refused(rest(parts).await, Code::Unavailable, "DATABASE_UNAVAILABLE");
+    assert_rejected(rest(parts).await, Code::Unavailable, "DATABASE_UNAVAILABLE");
 
-    let again = async || begin(&server.client().await, None).await.ok();
-    let parts = eventually("the database answers", again).await;
+    let again = async || start(&server.client().await, None).await.ok();
+    let parts = eventually("the database is available", again).await;
     server.signal("TERM");
     let stops = async || server.log().contains(r#""message":"stopping""#).then_some(());
-    eventually("it stops", stops).await;
-    let status = assert_refused(rest(parts).await, Code::Unavailable, "SHUTTING_DOWN");
+    eventually("the server stops", stops).await;
+    let status = assert_rejected(rest(parts).await, Code::Unavailable, "SHUTTING_DOWN");
     assert!(!status.message().contains("postgres"));
     assert!(server.ended().await.success());
-    eventually("its query ends", async || (database.count(EXPORTS).await == 0).then_some(())).await;
+    eventually("the query ends", async || (database.count(EXPORTS).await == 0).then_some(())).await;
 }
 
 #[tokio::test]
-async fn without_its_database_an_export_does_not_begin() {
+async fn export_without_a_database_fails_before_its_first_message() {
     let server = Server::spawn(&[("DATABASE_URL", "postgres://postgres@%2Fnowhere/postgres")]).await;
-    let answer = begin(&server.client().await, None).await;
-    assert_refused(answer, Code::Unavailable, "DATABASE_UNAVAILABLE");
+    let response = start(&server.client().await, None).await;
+    assert_rejected(response, Code::Unavailable, "DATABASE_UNAVAILABLE");
 }

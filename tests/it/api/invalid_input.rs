@@ -1,5 +1,4 @@
-//! Whatever is sent: a clear refusal that names the field, nothing written,
-//! nothing harmed.
+//! Invalid input of every kind is rejected, the field is named, and nothing is written.
 
 use http::{HeaderMap, Request};
 use http_body_util::{BodyExt, Full};
@@ -12,8 +11,8 @@ use uuid::Uuid;
 use crate::api::batch::{batch_delete, batch_update, renamed};
 use crate::support::*;
 
-/// What people send who wish us ill, or did not think.
-fn nasty() -> Vec<String> {
+/// Texts that no username, e-mail address or token may be.
+fn invalid_texts() -> Vec<String> {
     let mut texts: Vec<String> = [
         "\0",
         "a\0b",
@@ -60,30 +59,30 @@ fn nasty() -> Vec<String> {
     texts
 }
 
-/// What may be in a display name, which is any printable text.
+/// Whether a text may be a display name: up to 100 printable characters.
 fn is_display_name(text: &str) -> bool {
     let is_hidden = |c: char| c.is_control() || "\u{202e}\u{2066}\u{2069}\u{feff}".contains(c);
     text.chars().count() <= 100 && !text.contains(is_hidden)
 }
 
-/// Each answer is a refusal of the field that it stands with, and of no other.
+/// Asserts that each request was rejected for its field only.
 #[track_caller]
-fn assert_all_refused(answers: Vec<(&str, Result<(), Status>)>, text: &str) {
-    for (field, answer) in answers {
-        let status = answer.expect_err(&format!("{field} accepts {text:.40?}"));
+fn assert_all_rejected(responses: Vec<(&str, Result<(), Status>)>, text: &str) {
+    for (field, response) in responses {
+        let status = response.expect_err(&format!("{field} accepts {text:.40?}"));
         assert_eq!(status.code(), Code::InvalidArgument, "{field} {text:.40?}: {status:?}");
         let fields: Vec<_> = violations(&status).into_iter().map(|(field, _)| field).collect();
         assert_eq!(fields, [field], "{text:.40?}");
-        assert!(!status.message().contains(text) || text.len() < 4, "{field} is repeated: {status:?}");
+        assert!(!status.message().contains(text) || text.len() < 4, "the error repeats {field}: {status:?}");
     }
 }
 
 #[tokio::test]
-async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
+async fn every_invalid_field_is_rejected_and_named() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;
-    for text in nasty() {
+    for text in invalid_texts() {
         let t = || text.clone();
         let with = |user: pb::User| create(user);
         let update = |user: pb::User| pb::UpdateUserRequest {
@@ -91,43 +90,43 @@ async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
             ..Default::default()
         };
         let list = |filter| pb::ListUsersRequest { order_by: 3, filter: Some(filter), ..Default::default() };
-        let mut answers: Vec<(&str, Result<(), Status>)> = Vec::new();
-        let mut note = |field, answer: Result<(), Status>| answers.push((field, answer));
+        let mut responses: Vec<(&str, Result<(), Status>)> = Vec::new();
+        let mut add = |field, response: Result<(), Status>| responses.push((field, response));
 
         let request = with(pb::User { username: t(), ..user("bob") });
-        note("user.username", client.create_user(request).await.map(drop));
+        add("user.username", client.create_user(request).await.map(drop));
         let request = with(pb::User { email: t(), ..user("bob") });
-        note("user.email", client.create_user(request).await.map(drop));
+        add("user.email", client.create_user(request).await.map(drop));
         if !is_display_name(&text) {
             let request = with(pb::User { display_name: t(), ..user("bob") });
-            note("user.display_name", client.create_user(request).await.map(drop));
+            add("user.display_name", client.create_user(request).await.map(drop));
         }
-        note("username", client.get_user(by_username(&text)).await.map(drop));
+        add("username", client.get_user(by_username(&text)).await.map(drop));
         let request = update(pb::User { username: t(), ..Default::default() });
-        note("user.username", client.update_user(request).await.map(drop));
+        add("user.username", client.update_user(request).await.map(drop));
         let request = update(pb::User { email: t(), ..Default::default() });
-        note("user.email", client.update_user(request).await.map(drop));
+        add("user.email", client.update_user(request).await.map(drop));
         let request = pb::UndeleteUserRequest { id: alice.id.clone(), username: t(), ..Default::default() };
-        note("username", client.undelete_user(request).await.map(drop));
+        add("username", client.undelete_user(request).await.map(drop));
         let request = pb::ListUsersRequest { page_token: t(), ..Default::default() };
-        note("page_token", client.list_users(request).await.map(drop));
+        add("page_token", client.list_users(request).await.map(drop));
         let request =
             pb::ListUsersRequest { order_by: 0, ..list(pb::UserFilter { email: t(), ..Default::default() }) };
-        note("filter.email", client.list_users(request).await.map(drop));
+        add("filter.email", client.list_users(request).await.map(drop));
 
         if Uuid::parse_str(&text).is_err() || text.len() != 36 {
             let request = with(pb::User { id: t(), ..user("bob") });
-            note("user.id", client.create_user(request).await.map(drop));
+            add("user.id", client.create_user(request).await.map(drop));
             let request = pb::CreateUserRequest { request_id: t(), ..with(user("bob")) };
-            note("request_id", client.create_user(request).await.map(drop));
-            note("id", client.get_user(by_id(&text)).await.map(drop));
-            note("id", client.delete_user(delete(&text)).await.map(drop));
+            add("request_id", client.create_user(request).await.map(drop));
+            add("id", client.get_user(by_id(&text)).await.map(drop));
+            add("id", client.delete_user(delete(&text)).await.map(drop));
             let request = pb::DeleteUserRequest { request_id: t(), ..delete(&alice.id) };
-            note("request_id", client.delete_user(request).await.map(drop));
-            note("id", client.expunge_user(expunge(&text)).await.map(drop));
+            add("request_id", client.delete_user(request).await.map(drop));
+            add("id", client.expunge_user(expunge(&text)).await.map(drop));
         }
 
-        assert_all_refused(answers, &text);
+        assert_all_rejected(responses, &text);
 
         let prefix = list(pb::UserFilter { username_prefix: t(), ..Default::default() });
         let check =
@@ -144,7 +143,7 @@ async fn every_field_refuses_what_does_not_belong_there_by_its_name() {
 }
 
 #[tokio::test]
-async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place() {
+async fn every_invalid_field_of_a_list_is_rejected_and_named_by_its_index() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;
@@ -154,47 +153,47 @@ async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place()
         include_deleted: true,
         ..Default::default()
     };
-    for text in nasty() {
+    for text in invalid_texts() {
         let t = || text.clone();
-        let mut answers: Vec<(&str, Result<(), Status>)> = Vec::new();
-        let mut note = |field, answer: Result<(), Status>| answers.push((field, answer));
+        let mut responses: Vec<(&str, Result<(), Status>)> = Vec::new();
+        let mut add = |field, response: Result<(), Status>| responses.push((field, response));
 
         let request = batch_create([user("bob"), pb::User { username: t(), ..user("eve") }]);
-        note("items[1].user.username", client.batch_create_users(request).await.map(drop));
+        add("items[1].user.username", client.batch_create_users(request).await.map(drop));
         let request = batch_create([user("bob"), pb::User { email: t(), ..user("eve") }]);
-        note("items[1].user.email", client.batch_create_users(request).await.map(drop));
+        add("items[1].user.email", client.batch_create_users(request).await.map(drop));
         let request = batch_update([pb::User { username: t(), ..alices() }]);
-        note("items[0].user.username", client.batch_update_users(request).await.map(drop));
+        add("items[0].user.username", client.batch_update_users(request).await.map(drop));
         let request = batch_update([pb::User { email: t(), ..alices() }]);
-        note("items[0].user.email", client.batch_update_users(request).await.map(drop));
+        add("items[0].user.email", client.batch_update_users(request).await.map(drop));
         let request = lookup(user_key::Key::Username(t()));
-        note("keys[1].username", client.lookup_users(request).await.map(drop));
+        add("keys[1].username", client.lookup_users(request).await.map(drop));
         let request = lookup(user_key::Key::Email(t()));
-        note("keys[1].email", client.lookup_users(request).await.map(drop));
+        add("keys[1].email", client.lookup_users(request).await.map(drop));
         if !is_display_name(&text) {
             let request = batch_create([pb::User { display_name: t(), ..user("bob") }]);
-            note("items[0].user.display_name", client.batch_create_users(request).await.map(drop));
+            add("items[0].user.display_name", client.batch_create_users(request).await.map(drop));
             let request = batch_update([renamed(&alice.id, &text)]);
-            note("items[0].user.display_name", client.batch_update_users(request).await.map(drop));
+            add("items[0].user.display_name", client.batch_update_users(request).await.map(drop));
         }
         if Uuid::parse_str(&text).is_err() || text.len() != 36 {
             let request = batch_create([pb::User { id: t(), ..user("bob") }]);
-            note("items[0].user.id", client.batch_create_users(request).await.map(drop));
+            add("items[0].user.id", client.batch_create_users(request).await.map(drop));
             let request = batch_update([alices(), renamed(&text, "New")]);
-            note("items[1].user.id", client.batch_update_users(request).await.map(drop));
+            add("items[1].user.id", client.batch_update_users(request).await.map(drop));
             let request = batch_delete([alice.id.as_str(), &text]);
-            note("items[1].id", client.batch_delete_users(request).await.map(drop));
+            add("items[1].id", client.batch_delete_users(request).await.map(drop));
             let request = lookup(user_key::Key::Id(t()));
-            note("keys[1].id", client.lookup_users(request).await.map(drop));
+            add("keys[1].id", client.lookup_users(request).await.map(drop));
             let request = pb::BatchCreateUsersRequest { request_id: t(), ..batch_create([user("bob")]) };
-            note("request_id", client.batch_create_users(request).await.map(drop));
+            add("request_id", client.batch_create_users(request).await.map(drop));
             let request = pb::BatchUpdateUsersRequest { request_id: t(), ..batch_update([alices()]) };
-            note("request_id", client.batch_update_users(request).await.map(drop));
+            add("request_id", client.batch_update_users(request).await.map(drop));
             let request =
                 pb::BatchDeleteUsersRequest { request_id: t(), ..batch_delete([alice.id.as_str()]) };
-            note("request_id", client.batch_delete_users(request).await.map(drop));
+            add("request_id", client.batch_delete_users(request).await.map(drop));
         }
-        assert_all_refused(answers, &text);
+        assert_all_rejected(responses, &text);
     }
     let negative = [-1, i64::MIN].map(|revision| pb::BatchDeleteUsersItem {
         id: new_request_id(),
@@ -203,7 +202,7 @@ async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place()
     });
     let request = pb::BatchDeleteUsersRequest { items: negative.into(), ..Default::default() };
     let status = client.batch_delete_users(request).await;
-    let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(status, Code::InvalidArgument, "FIELD_INVALID");
     let expected = [0, 1].map(|n| (format!("items[{n}].revision"), "FIELD_INVALID".to_owned()));
     assert_eq!(violations(&status), expected);
     let rows = "select (select count(*) from users) + (select count(*) from requests) + (select count(*) from user_changes)";
@@ -212,10 +211,10 @@ async fn every_field_in_a_list_refuses_what_does_not_belong_there_by_its_place()
 }
 
 #[tokio::test]
-async fn an_import_refuses_what_does_not_belong_there_and_nobody_else() {
+async fn import_rejects_only_the_invalid_users() {
     let (server, database) = server().await;
     let mut client = server.client().await;
-    for (n, text) in nasty().into_iter().enumerate() {
+    for (n, text) in invalid_texts().into_iter().enumerate() {
         let good = format!("good{n}");
         let is_id = Uuid::parse_str(&text).is_ok() && text.len() == 36;
         let mut users = vec![
@@ -236,23 +235,23 @@ async fn an_import_refuses_what_does_not_belong_there_and_nobody_else() {
         let is_too_large = request.encoded_len() > 4 << 20;
         let mut acks = client.import_users(futures_util::stream::iter([request])).await.unwrap().into_inner();
         if is_too_large {
-            let status = assert_refused(acks.message().await, Code::InvalidArgument, "FIELD_INVALID");
+            let status = assert_rejected(acks.message().await, Code::InvalidArgument, "FIELD_INVALID");
             assert_eq!(violations(&status)[0].0, "request");
             continue;
         }
         let ack = acks.message().await.unwrap().unwrap();
         assert_eq!(ack.created, 1, "{text:.40?}");
-        let refused: Vec<_> = ack
+        let rejected: Vec<_> = ack
             .failures
             .iter()
             .flat_map(|failure| failure.violations.iter().map(|v| (failure.position, v.field.as_str())))
             .collect();
-        assert_eq!(refused, expected, "{text:.40?}");
-        let says = |v: &pb::ImportViolation| v.description.contains(&text);
-        assert!(text.len() < 4 || !ack.failures.iter().flat_map(|failure| &failure.violations).any(says));
+        assert_eq!(rejected, expected, "{text:.40?}");
+        let repeats = |v: &pb::ImportViolation| v.description.contains(&text);
+        assert!(text.len() < 4 || !ack.failures.iter().flat_map(|failure| &failure.violations).any(repeats));
     }
-    let strangers = "select count(*) from users where username_key not like 'zqzqgood%'";
-    assert_eq!(database.count(strangers).await, 0);
+    let invalid = "select count(*) from users where username_key not like 'zqzqgood%'";
+    assert_eq!(database.count(invalid).await, 0);
 }
 
 #[tokio::test]
@@ -270,7 +269,7 @@ async fn all_violations_are_reported_at_once_in_the_order_of_the_fields() {
         request_id: "x".into(),
         validate_only: false,
     };
-    let status = assert_refused(client.create_user(request).await, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(client.create_user(request).await, Code::InvalidArgument, "FIELD_INVALID");
     let expected = [
         ("request_id", "FIELD_INVALID"),
         ("user.id", "FIELD_INVALID"),
@@ -282,13 +281,13 @@ async fn all_violations_are_reported_at_once_in_the_order_of_the_fields() {
 }
 
 #[tokio::test]
-async fn what_is_missing_is_named() {
+async fn missing_fields_are_rejected_and_named() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let (create, update) = (pb::BatchCreateUsersItem::default(), pb::BatchUpdateUsersItem::default());
-    let nobody_to_create = pb::BatchCreateUsersRequest { items: vec![create], ..Default::default() };
-    let nobody_to_update = pb::BatchUpdateUsersRequest { items: vec![update], ..Default::default() };
-    let answers = [
+    let create = pb::BatchCreateUsersRequest { items: vec![create], ..Default::default() };
+    let update = pb::BatchUpdateUsersRequest { items: vec![update], ..Default::default() };
+    let responses = [
         ("user", client.create_user(pb::CreateUserRequest::default()).await.map(drop)),
         ("key", client.get_user(pb::GetUserRequest::default()).await.map(drop)),
         (
@@ -306,22 +305,22 @@ async fn what_is_missing_is_named() {
         ("items", client.batch_create_users(pb::BatchCreateUsersRequest::default()).await.map(drop)),
         ("items", client.batch_update_users(pb::BatchUpdateUsersRequest::default()).await.map(drop)),
         ("items", client.batch_delete_users(pb::BatchDeleteUsersRequest::default()).await.map(drop)),
-        ("items[0].user", client.batch_create_users(nobody_to_create).await.map(drop)),
-        ("items[0].user", client.batch_update_users(nobody_to_update).await.map(drop)),
+        ("items[0].user", client.batch_create_users(create).await.map(drop)),
+        ("items[0].user", client.batch_update_users(update).await.map(drop)),
         ("items[0].id", client.batch_delete_users(batch_delete([""])).await.map(drop)),
     ];
-    for (field, answer) in answers {
-        let status = assert_refused(answer, Code::InvalidArgument, "FIELD_REQUIRED");
+    for (field, response) in responses {
+        let status = assert_rejected(response, Code::InvalidArgument, "FIELD_REQUIRED");
         assert_eq!(violations(&status)[0].0, field);
     }
     let nil = Uuid::nil().to_string();
-    assert_refused(client.get_user(by_id(&nil)).await, Code::InvalidArgument, "FIELD_INVALID");
+    assert_rejected(client.get_user(by_id(&nil)).await, Code::InvalidArgument, "FIELD_INVALID");
     let negative = pb::DeleteUserRequest { revision: -1, ..delete(&new_request_id()) };
-    assert_refused(client.delete_user(negative).await, Code::InvalidArgument, "FIELD_INVALID");
+    assert_rejected(client.delete_user(negative).await, Code::InvalidArgument, "FIELD_INVALID");
 }
 
-/// Sends bytes as they are, and returns the HTTP status and the headers or, if
-/// the answer has them, the trailers.
+/// Sends bytes unchanged. Returns the HTTP status and the trailers, or the headers of a response
+/// without trailers.
 async fn send(
     server: &Server,
     path: &str,
@@ -350,7 +349,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn messages_that_are_none_are_refused_and_the_connection_goes_on() {
+async fn malformed_messages_are_rejected_and_the_service_keeps_serving() {
     const GET: &str = "/users.v1.UserService/GetUser";
     const GRPC: &str = "application/grpc";
     let (server, _) = server().await;
@@ -361,15 +360,22 @@ async fn messages_that_are_none_are_refused_and_the_connection_goes_on() {
         ("too large", "/users.v1.UserService/CreateUser", GRPC, "60S", huge, invalid),
         ("not protobuf", GET, GRPC, "1S", framed(&[0xff; 20]), invalid),
         ("not UTF-8", GET, GRPC, "1S", framed(&[0x0a, 2, 0xc3, 0x28]), invalid),
-        ("shorter than it says", GET, GRPC, "1S", framed(b"abc")[..6].to_vec(), invalid),
+        ("shorter than its length", GET, GRPC, "1S", framed(b"abc")[..6].to_vec(), invalid),
         ("no message", GET, GRPC, "1S", Vec::new(), invalid),
-        ("compressed with nothing", GET, GRPC, "1S", vec![1, 0, 0, 0, 0], invalid),
-        ("no watch", "/users.v1.UserService/WatchUsers", GRPC, "1S", framed(&[0xff; 20]), invalid),
-        ("no export", "/users.v1.UserService/ExportUsers", GRPC, "1S", framed(&[0xff; 20]), invalid),
-        ("no chunk", "/users.v1.UserService/ImportUsers", GRPC, "1S", framed(&[0xff; 20]), invalid),
+        ("compressed without an encoding", GET, GRPC, "1S", vec![1, 0, 0, 0, 0], invalid),
+        ("not a watch request", "/users.v1.UserService/WatchUsers", GRPC, "1S", framed(&[0xff; 20]), invalid),
+        (
+            "not an export request",
+            "/users.v1.UserService/ExportUsers",
+            GRPC,
+            "1S",
+            framed(&[0xff; 20]),
+            invalid,
+        ),
+        ("not a chunk", "/users.v1.UserService/ImportUsers", GRPC, "1S", framed(&[0xff; 20]), invalid),
         ("an unknown rpc", "/users.v1.UserService/Nope", GRPC, "1S", framed(b""), Code::Unimplemented as i32),
         ("an unknown service", "/nope.Nope/Nope", GRPC, "1S", framed(b""), Code::Unimplemented as i32),
-        ("a timeout that is none", GET, GRPC, "soon", framed(b""), invalid),
+        ("an invalid timeout", GET, GRPC, "soon", framed(b""), invalid),
         ("a timeout too long", GET, GRPC, "123456789S", framed(b""), invalid),
         ("a timeout without a number", GET, GRPC, "\u{fc}", framed(b""), invalid),
     ];
@@ -387,20 +393,20 @@ async fn messages_that_are_none_are_refused_and_the_connection_goes_on() {
 }
 
 #[tokio::test]
-async fn a_message_of_very_many_very_small_elements_is_refused_before_it_takes_memory() {
+async fn message_of_very_many_empty_elements_is_rejected_without_taking_memory() {
     let (server, _) = server().await;
     let before = server.peak_memory();
-    // Two octets each: the number of the list, and an empty element.
+    // An element takes two bytes: the tag of the list, and a length of 0.
     let lists = [("LookupUsers", 0x0a), ("BatchCreateUsers", 0x0a), ("ImportUsers", 0x22)];
     for (rpc, tag) in lists {
         let path = format!("/users.v1.UserService/{rpc}");
         let message = framed(&[tag, 0].repeat((4 << 20) / 2 - 8));
         let (_, headers) = send(&server, &path, "application/grpc", "identity", "9S", message).await;
         let status = Status::from_header_map(&headers).unwrap();
-        let status = assert_refused(Err::<(), _>(status), Code::InvalidArgument, "BATCH_TOO_LARGE");
+        let status = assert_rejected(Err::<(), _>(status), Code::InvalidArgument, "BATCH_TOO_LARGE");
         assert_eq!(violations(&status)[0].0, "request");
     }
-    // They would take some 400 MiB.
+    // The elements would take some 400 MiB.
     let growth = server.peak_memory() - before;
     assert!(growth < 64 << 20, "{growth}");
 }

@@ -1,4 +1,4 @@
-//! Lists: every user once, by an index, or a refusal.
+//! ListUsers: every user is listed once, by an index. A list without an index is rejected.
 
 use std::{
     collections::HashMap,
@@ -20,7 +20,7 @@ use crate::support::*;
 
 const ORDERS: [OrderBy; 3] = [OrderBy::CreateTimeDesc, OrderBy::CreateTimeAsc, OrderBy::UsernameAsc];
 
-fn ask(order: OrderBy, filter: pb::UserFilter) -> pb::ListUsersRequest {
+fn list_request(order: OrderBy, filter: pb::UserFilter) -> pb::ListUsersRequest {
     pb::ListUsersRequest { order_by: order.into(), filter: Some(filter), ..Default::default() }
 }
 
@@ -31,7 +31,7 @@ async fn page(
     client.list_users(request.clone()).await.unwrap().into_inner()
 }
 
-/// The usernames of all pages, without what marks them as a test's.
+/// The usernames of all pages, without [`SECRET`].
 async fn names(client: &mut UserServiceClient<Channel>, mut request: pb::ListUsersRequest) -> Vec<String> {
     let mut names = Vec::new();
     loop {
@@ -44,8 +44,7 @@ async fn names(client: &mut UserServiceClient<Channel>, mut request: pb::ListUse
     }
 }
 
-/// Users that look like the service's own, many at once: `prefix` and a number,
-/// a second of age for each.
+/// Inserts users named `prefix` and a number, each a second older than the one before.
 async fn insert(database: &Database, prefix: &str, count: u32, delete_time: &str) {
     let sql = format!(
         "insert into users (id, username, username_key, username_held, email, email_key, display_name,
@@ -58,18 +57,18 @@ async fn insert(database: &Database, prefix: &str, count: u32, delete_time: &str
 }
 
 #[tokio::test]
-async fn a_user_that_stays_is_on_exactly_one_page_while_others_come_and_go() {
+async fn permanent_user_is_on_exactly_one_page_while_others_come_and_go() {
     let (server, database) = server().await;
     insert(&database, "stable", 200, "null").await;
     for order in ORDERS {
         for include_deleted in [false, true] {
             let mut writer = server.client().await;
-            let rounds = Arc::new(AtomicU32::new(0));
+            let cycles = Arc::new(AtomicU32::new(0));
             let writing = tokio::spawn({
-                let rounds = Arc::clone(&rounds);
+                let cycles = Arc::clone(&cycles);
                 async move {
                     loop {
-                        let n = rounds.fetch_add(1, Ordering::Relaxed);
+                        let n = cycles.fetch_add(1, Ordering::Relaxed);
                         let id = created(&mut writer, &format!("{order:?}{include_deleted}{n}")).await.id;
                         writer.update_user(rename(&id, "moved")).await.unwrap();
                         writer.delete_user(delete(&id)).await.unwrap();
@@ -78,9 +77,9 @@ async fn a_user_that_stays_is_on_exactly_one_page_while_others_come_and_go() {
                 }
             });
             let filter = pb::UserFilter { include_deleted, ..Default::default() };
-            let request = pb::ListUsersRequest { page_size: 7, ..ask(order, filter) };
+            let request = pb::ListUsersRequest { page_size: 7, ..list_request(order, filter) };
             loop {
-                let before = rounds.load(Ordering::Relaxed);
+                let before = cycles.load(Ordering::Relaxed);
                 let mut seen = HashMap::new();
                 for name in names(&mut server.client().await, request.clone()).await {
                     *seen.entry(name).or_insert(0) += 1;
@@ -88,8 +87,8 @@ async fn a_user_that_stays_is_on_exactly_one_page_while_others_come_and_go() {
                 let stable: Vec<_> = (1..=200).map(|n| seen.get(&format!("stable{n}")).copied()).collect();
                 assert_eq!(stable, vec![Some(1); 200], "{order:?} {include_deleted}");
                 assert!(!writing.is_finished());
-                // Some did come and go meanwhile.
-                if rounds.load(Ordering::Relaxed) > before + 2 {
+                // Users have come and gone during the list.
+                if cycles.load(Ordering::Relaxed) > before + 2 {
                     break;
                 }
             }
@@ -99,22 +98,34 @@ async fn a_user_that_stays_is_on_exactly_one_page_while_others_come_and_go() {
 }
 
 #[tokio::test]
-async fn each_order_is_the_order_that_it_says() {
+async fn each_order_sorts_by_its_key() {
     let (server, _) = server().await;
     let mut client = server.client().await;
-    // Created in this order; by code point, not by language.
+    // Usernames sort by code point, not by language.
     for name in ["b", "\u{e9}", "a", "Z"] {
         created(&mut client, name).await;
     }
     let all = pb::UserFilter::default;
-    assert_eq!(names(&mut client, ask(OrderBy::Unspecified, all())).await, ["Z", "a", "\u{e9}", "b"]);
-    assert_eq!(names(&mut client, ask(OrderBy::CreateTimeDesc, all())).await, ["Z", "a", "\u{e9}", "b"]);
-    assert_eq!(names(&mut client, ask(OrderBy::CreateTimeAsc, all())).await, ["b", "\u{e9}", "a", "Z"]);
-    assert_eq!(names(&mut client, ask(OrderBy::UsernameAsc, all())).await, ["a", "b", "Z", "\u{e9}"]);
+    assert_eq!(
+        names(&mut client, list_request(OrderBy::Unspecified, all())).await,
+        ["Z", "a", "\u{e9}", "b"]
+    );
+    assert_eq!(
+        names(&mut client, list_request(OrderBy::CreateTimeDesc, all())).await,
+        ["Z", "a", "\u{e9}", "b"]
+    );
+    assert_eq!(
+        names(&mut client, list_request(OrderBy::CreateTimeAsc, all())).await,
+        ["b", "\u{e9}", "a", "Z"]
+    );
+    assert_eq!(
+        names(&mut client, list_request(OrderBy::UsernameAsc, all())).await,
+        ["a", "b", "Z", "\u{e9}"]
+    );
 }
 
 #[tokio::test]
-async fn users_with_the_same_key_are_told_apart_by_their_id() {
+async fn users_with_the_same_key_are_each_listed_once() {
     let (server, database) = server().await;
     insert(&database, "same", 30, "null").await;
     let admin = database.connect().await;
@@ -124,7 +135,8 @@ async fn users_with_the_same_key_are_told_apart_by_their_id() {
         for email in ["", "A@b.C"] {
             let filter = pb::UserFilter { email: email.into(), ..Default::default() };
             let mut names =
-                names(&mut client, pb::ListUsersRequest { page_size: 4, ..ask(order, filter) }).await;
+                names(&mut client, pb::ListUsersRequest { page_size: 4, ..list_request(order, filter) })
+                    .await;
             names.sort();
             names.dedup();
             assert_eq!(names.len(), 30);
@@ -138,12 +150,12 @@ async fn users_with_the_same_key_are_told_apart_by_their_id() {
         .await
         .unwrap();
     let filter = pb::UserFilter { include_deleted: true, ..Default::default() };
-    let request = pb::ListUsersRequest { page_size: 4, ..ask(OrderBy::UsernameAsc, filter) };
+    let request = pb::ListUsersRequest { page_size: 4, ..list_request(OrderBy::UsernameAsc, filter) };
     assert_eq!(names(&mut client, request).await.len(), 30);
 }
 
 #[tokio::test]
-async fn filters_select_what_they_say() {
+async fn filters_select_matching_users() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let mut users = Vec::new();
@@ -154,7 +166,10 @@ async fn filters_select_what_they_say() {
     let none = pb::UserFilter::default();
     let by_name = |prefix: &str, include_deleted| {
         let username_prefix = format!("{SECRET}{prefix}");
-        ask(OrderBy::UsernameAsc, pb::UserFilter { username_prefix, include_deleted, ..Default::default() })
+        list_request(
+            OrderBy::UsernameAsc,
+            pb::UserFilter { username_prefix, include_deleted, ..Default::default() },
+        )
     };
     assert_eq!(names(&mut client, by_name("AN", false)).await, ["an.na", "ann", "anz"]);
     assert_eq!(names(&mut client, by_name("an", true)).await, ["an.na", "ann", "Anna", "anz"]);
@@ -164,23 +179,26 @@ async fn filters_select_what_they_say() {
 
     let email = format!("{}BOB@EXAMPLE.com", SECRET.to_uppercase());
     let by_email = pb::UserFilter { email, ..none.clone() };
-    assert_eq!(names(&mut client, ask(OrderBy::CreateTimeAsc, by_email)).await, ["bob"]);
+    assert_eq!(names(&mut client, list_request(OrderBy::CreateTimeAsc, by_email)).await, ["bob"]);
 
     let between = pb::UserFilter {
         create_time_after: users[0].create_time,
         create_time_before: users[4].create_time,
         ..none
     };
-    assert_eq!(names(&mut client, ask(OrderBy::CreateTimeAsc, between.clone())).await, ["bob", "an.na"]);
+    assert_eq!(
+        names(&mut client, list_request(OrderBy::CreateTimeAsc, between.clone())).await,
+        ["bob", "an.na"]
+    );
     let with_deleted = pb::UserFilter { include_deleted: true, ..between };
     assert_eq!(
-        names(&mut client, ask(OrderBy::CreateTimeDesc, with_deleted)).await,
+        names(&mut client, list_request(OrderBy::CreateTimeDesc, with_deleted)).await,
         ["an.na", "bob", "Anna"]
     );
 }
 
 #[tokio::test]
-async fn the_page_size_is_50_unless_asked_for_and_at_most_1000() {
+async fn page_size_defaults_to_50_and_is_capped_at_1000() {
     let (server, database) = server().await;
     insert(&database, "user", 1001, "null").await;
     let mut client = server.client().await;
@@ -190,13 +208,14 @@ async fn the_page_size_is_50_unless_asked_for_and_at_most_1000() {
     }
     for asked in [-1, i32::MIN] {
         let request = pb::ListUsersRequest { page_size: asked, ..Default::default() };
-        let status = assert_refused(client.list_users(request).await, Code::InvalidArgument, "FIELD_INVALID");
+        let status =
+            assert_rejected(client.list_users(request).await, Code::InvalidArgument, "FIELD_INVALID");
         assert_eq!(violations(&status)[0].0, "page_size");
     }
 }
 
 #[tokio::test]
-async fn the_first_page_has_an_estimate_and_a_watch_token_and_others_do_not() {
+async fn only_the_first_page_has_an_estimate_and_a_watch_token() {
     let (server, database) = server().await;
     insert(&database, "user", 100, "null").await;
     let mut client = server.client().await;
@@ -204,7 +223,7 @@ async fn the_first_page_has_an_estimate_and_a_watch_token_and_others_do_not() {
     admin.batch_execute("analyze users").await.unwrap();
     let first = page(&mut client, &pb::ListUsersRequest::default()).await;
     assert_eq!(first.total_size_estimate, 100);
-    // What it is good for is shown where it is used: in watch.rs.
+    // The tests of watches resume from it.
     assert!(LogPosition::from_token(&first.watch_token).is_some());
     let request = pb::ListUsersRequest { page_token: first.next_page_token, ..Default::default() };
     let second = page(&mut client, &request).await;
@@ -212,14 +231,13 @@ async fn the_first_page_has_an_estimate_and_a_watch_token_and_others_do_not() {
 }
 
 #[tokio::test]
-async fn a_page_token_that_is_not_of_this_list_is_refused() {
+async fn page_token_of_another_list_is_rejected() {
     let (server, database) = server().await;
     insert(&database, "user", 10, "null").await;
     let mut client = server.client().await;
     let request = pb::ListUsersRequest { page_size: 3, ..Default::default() };
     let token = page(&mut client, &request).await.next_page_token;
-    let filter = |filter| Some(filter);
-    let mut others = vec![
+    let mut foreign = vec![
         pb::ListUsersRequest {
             order_by: OrderBy::CreateTimeAsc.into(),
             page_token: token.clone(),
@@ -231,17 +249,17 @@ async fn a_page_token_that_is_not_of_this_list_is_refused() {
             ..Default::default()
         },
         pb::ListUsersRequest {
-            filter: filter(pb::UserFilter { include_deleted: true, ..Default::default() }),
+            filter: Some(pb::UserFilter { include_deleted: true, ..Default::default() }),
             page_token: token.clone(),
             ..Default::default()
         },
         pb::ListUsersRequest {
-            filter: filter(pb::UserFilter { email: "a@b.c".into(), ..Default::default() }),
+            filter: Some(pb::UserFilter { email: "a@b.c".into(), ..Default::default() }),
             page_token: token.clone(),
             ..Default::default()
         },
         pb::ListUsersRequest {
-            filter: filter(pb::UserFilter {
+            filter: Some(pb::UserFilter {
                 create_time_after: Some(Timestamp { seconds: 1, nanos: 0 }),
                 ..Default::default()
             }),
@@ -257,31 +275,33 @@ async fn a_page_token_that_is_not_of_this_list_is_refused() {
         String::from_utf8(bytes).unwrap()
     });
     let junk = ["x", "AAAA", "%00", "\u{202e}", "' or 1=1 --", &"A".repeat(100_000)].map(str::to_owned);
-    others.extend(cuts.chain(flips).chain(junk).chain([watch_token]).map(|page_token| {
-        // The last of the token's bits are padding, and may flip.
-        pb::ListUsersRequest { page_token, ..Default::default() }
-    }));
-    for other in others
+    foreign.extend(
+        cuts.chain(flips)
+            .chain(junk)
+            .chain([watch_token])
+            .map(|page_token| pb::ListUsersRequest { page_token, ..Default::default() }),
+    );
+    for other in foreign
         .into_iter()
         .filter(|other| other.page_token != token || other.order_by != 0 || other.filter.is_some())
     {
         let status =
-            assert_refused(client.list_users(other).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
+            assert_rejected(client.list_users(other).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
         assert_eq!(violations(&status), [("page_token".into(), "PAGE_TOKEN_INVALID".into())]);
     }
-    // Not even of a watch of the same users.
+    // A token of a watch with the same filter is rejected, too.
     let prefix = pb::UserFilter { username_prefix: "user".into(), ..Default::default() };
-    let watch = pb::WatchUsersRequest { filter: filter(prefix.clone()), ..Default::default() };
+    let watch = pb::WatchUsersRequest { filter: Some(prefix.clone()), ..Default::default() };
     let mut watch = client.watch_users(watch).await.unwrap().into_inner();
     let page_token = watch.message().await.unwrap().unwrap().resume_token;
-    let of_watch = pb::ListUsersRequest { page_token, ..ask(OrderBy::UsernameAsc, prefix) };
-    assert_refused(client.list_users(of_watch).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
+    let of_watch = pb::ListUsersRequest { page_token, ..list_request(OrderBy::UsernameAsc, prefix) };
+    assert_rejected(client.list_users(of_watch).await, Code::InvalidArgument, "PAGE_TOKEN_INVALID");
     let next = pb::ListUsersRequest { page_token: token, page_size: 5, ..Default::default() };
     assert_eq!(page(&mut client, &next).await.users.len(), 5);
 }
 
 #[tokio::test]
-async fn what_no_index_serves_is_refused() {
+async fn list_without_an_index_is_rejected() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let time = Some(Timestamp { seconds: 1, nanos: 0 });
@@ -291,7 +311,7 @@ async fn what_no_index_serves_is_refused() {
         pb::UserFilter { create_time_after: time, ..Default::default() },
         pb::UserFilter { create_time_before: time, ..Default::default() },
     ];
-    // Every combination of conditions, in every order, with and without deleted.
+    // Every combination of conditions in every order, with and without deleted users.
     for order in ORDERS {
         for chosen in 0..1_u32 << filters.len() {
             let mut filter = pb::UserFilter { include_deleted: chosen % 3 == 0, ..Default::default() };
@@ -304,29 +324,29 @@ async fn what_no_index_serves_is_refused() {
                 }
             }
             let is_served = if order == OrderBy::UsernameAsc { chosen & !1 == 0 } else { chosen & 1 == 0 };
-            let answer = client.list_users(ask(order, filter)).await;
+            let response = client.list_users(list_request(order, filter)).await;
             if is_served {
-                answer.unwrap();
+                response.unwrap();
             } else {
-                assert_refused(answer, Code::InvalidArgument, "FILTER_UNSUPPORTED");
+                assert_rejected(response, Code::InvalidArgument, "FILTER_UNSUPPORTED");
             }
         }
     }
     let unknown = pb::ListUsersRequest { order_by: 99, ..Default::default() };
-    let status = assert_refused(client.list_users(unknown).await, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(client.list_users(unknown).await, Code::InvalidArgument, "FIELD_INVALID");
     assert_eq!(violations(&status)[0].0, "order_by");
     for time in [Timestamp { seconds: i64::MAX, nanos: 0 }, Timestamp { seconds: 0, nanos: -1 }] {
         let filter = pb::UserFilter { create_time_after: Some(time), ..Default::default() };
-        let status = client.list_users(ask(OrderBy::CreateTimeAsc, filter)).await;
-        let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+        let status = client.list_users(list_request(OrderBy::CreateTimeAsc, filter)).await;
+        let status = assert_rejected(status, Code::InvalidArgument, "FIELD_INVALID");
         assert_eq!(violations(&status)[0].0, "filter.create_time_after");
     }
 }
 
-/// The planner is asked without the service's own advice to prefer indexes, so
-/// that it has to want them; with the generic plan, which the service uses.
+/// Explains the generic plans, which the service uses, without the planner settings of the
+/// service that prefer indexes: the planner has to choose them by cost.
 #[tokio::test]
-async fn every_statement_is_served_by_an_index_of_a_large_table() {
+async fn every_statement_uses_an_index_of_a_large_table() {
     let database = Database::migrated().await;
     insert(&database, "live", 100_000, "null").await;
     insert(&database, "deleted", 20_000, "now()").await;
@@ -356,26 +376,26 @@ async fn every_statement_is_served_by_an_index_of_a_large_table() {
         admin.batch_execute("deallocate asked").await.unwrap();
         let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
         let plan = plan.join("\n");
-        // One row, and a row for each database.
+        // These tables have one row, and one row for each database.
         let plan = plan.replace("Seq Scan on user_feed", "").replace("Seq Scan on pg_database", "");
-        // Merging two walks is no sort; nor is comparing neighbours in a walk by
-        // username, in which no two live users are equal.
+        // A merge of two scans is not a sort, nor is an incremental sort of a scan by username,
+        // in which no two live users are equal.
         let plan = plan.replace("Sort Key", "");
         let is_by_username = sql.contains("(username_key, id)");
         let plan = if is_by_username { plan.replace("Incremental Sort", "") } else { plan };
         let is_list = list::STATEMENTS.contains(&sql) && sql.contains("limit $5");
         let (scan, collect, sort) =
             (plan.contains("Seq Scan"), plan.contains("Bitmap"), plan.contains("Sort"));
-        // What groups ask for has no order, and is sorted to be locked in one.
-        assert!(!scan && !(is_list && (collect || sort)), "not along an index:\n{sql}\n{plan}");
-        let walks = plan.matches("Index Scan").count();
+        // Only lists must not sort: coalesced requests are sorted to be locked in one order.
+        assert!(!scan && !(is_list && (collect || sort)), "without an index:\n{sql}\n{plan}");
+        let scans = plan.matches("Index Scan").count();
         let conditions = plan.lines().filter(|line| line.contains("Index Cond"));
         let ranges = conditions.filter(|line| line.contains("$1") && line.contains("$3")).count();
-        assert!(!is_list || ranges == walks && walks > 0, "not from one position to another:\n{sql}\n{plan}");
-        // Whoever is asked for by a key is gone to by it.
+        assert!(!is_list || ranges == scans && scans > 0, "not limited by both positions:\n{sql}\n{plan}");
+        // Users are read by their keys.
         let is_by_keys = [users::STATEMENTS, lookup::STATEMENTS].concat().contains(&sql);
-        let lookups = walks + plan.matches("Index Only Scan").count();
+        let lookups = scans + plan.matches("Index Only Scan").count();
         let keys = plan.matches("Index Cond").count();
-        assert!(!is_by_keys || lookups == keys && keys > 0, "not by its key:\n{sql}\n{plan}");
+        assert!(!is_by_keys || lookups == keys && keys > 0, "not by the keys:\n{sql}\n{plan}");
     }
 }

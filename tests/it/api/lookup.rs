@@ -1,4 +1,4 @@
-//! Many users are found at once, by whatever is known of them.
+//! LookupUsers: many users by id, username or e-mail address.
 
 use tonic::{Code, transport::Channel};
 use user_service::pb::{self, user_key::Key, user_service_client::UserServiceClient};
@@ -22,7 +22,7 @@ async fn batch_created(client: &mut Client, users: impl Iterator<Item = pb::User
 }
 
 #[tokio::test]
-async fn a_thousand_keys_of_all_kinds_are_answered_in_their_order_by_one_statement() {
+async fn thousand_keys_of_all_kinds_are_looked_up_in_order_by_one_statement() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let users = batch_created(&mut client, (0..701).map(|n| user(&format!("user{n}")))).await;
@@ -33,7 +33,7 @@ async fn a_thousand_keys_of_all_kinds_are_answered_in_their_order_by_one_stateme
             1 => (Key::Username(user.username.to_uppercase()), Some(user)),
             2 => (Key::Email(user.email.replace("example", "EXAMPLE").replace(SECRET, "ZQzq")), Some(user)),
             3 => (Key::Id(new_request_id()), None),
-            _ => (Key::Email(format!("{SECRET}nobody{n}@example.com")), None),
+            _ => (Key::Email(format!("{SECRET}missing{n}@example.com")), None),
         }
     });
     let (keys, expected): (Vec<_>, Vec<_>) = keys.unzip();
@@ -48,7 +48,7 @@ async fn a_thousand_keys_of_all_kinds_are_answered_in_their_order_by_one_stateme
 }
 
 #[tokio::test]
-async fn of_many_users_with_one_address_the_oldest_are_returned_and_the_answer_says_so() {
+async fn lookup_of_a_shared_address_returns_the_oldest_users_and_has_more() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let shared = |name: &str, email: &str| pb::User { email: email.into(), ..user(name) };
@@ -65,7 +65,7 @@ async fn of_many_users_with_one_address_the_oldest_are_returned_and_the_answer_s
     let counts: Vec<_> = results.iter().map(|result| (result.users.len(), result.has_more)).collect();
     assert_eq!(counts, [(4, true), (4, false)]);
 
-    // Deleted ones count as users only if they are asked for, and stand where they stood.
+    // Soft-deleted users count only with `include_deleted`, and keep their place in the order.
     for user in &oldest[1..4] {
         client.delete_user(delete(&user.id)).await.unwrap();
     }
@@ -79,7 +79,7 @@ async fn of_many_users_with_one_address_the_oldest_are_returned_and_the_answer_s
 }
 
 #[tokio::test]
-async fn soft_deleted_users_are_found_only_on_request_and_by_a_released_username_never() {
+async fn soft_deleted_users_are_found_only_on_request_and_never_by_a_released_username() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let (held, released) = (created(&mut client, "held").await, created(&mut client, "released").await);
@@ -101,7 +101,7 @@ async fn soft_deleted_users_are_found_only_on_request_and_by_a_released_username
 }
 
 #[tokio::test]
-async fn the_largest_answer_that_there_can_be_is_one_that_clients_accept() {
+async fn largest_possible_response_is_accepted_by_clients() {
     let (server, database) = server().await;
     let largest = "insert into users (id, username, username_key, username_held, email, email_key,
             display_name, revision, create_time, update_time, delete_time, purge_time)
@@ -116,7 +116,7 @@ async fn the_largest_answer_that_there_can_be_is_one_that_clients_accept() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_none_is_named_by_its_place() {
+async fn invalid_keys_are_rejected_and_named_by_their_index() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let keys = [
@@ -129,7 +129,7 @@ async fn a_key_that_is_none_is_named_by_its_place() {
     ];
     let request =
         pb::LookupUsersRequest { keys: keys.map(|key| pb::UserKey { key }).into(), ..Default::default() };
-    let status = assert_refused(client.lookup_users(request).await, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(client.lookup_users(request).await, Code::InvalidArgument, "FIELD_INVALID");
     let expected = [
         ("keys[0].id", "FIELD_INVALID"),
         ("keys[2].username", "USERNAME_INVALID"),
@@ -138,17 +138,17 @@ async fn a_key_that_is_none_is_named_by_its_place() {
         ("keys[5].key", "FIELD_REQUIRED"),
     ];
     assert_eq!(violations(&status), expected.map(|(field, reason)| (field.to_owned(), reason.to_owned())));
-    assert_eq!(refused_elements(&status, "keys"), "0,2-5");
+    assert_eq!(rejected_elements(&status, "keys"), "0,2-5");
 
     for (count, reason) in [(0, "FIELD_REQUIRED"), (1001, "BATCH_TOO_LARGE")] {
         let keys = (0..count).map(|_| Key::Id(String::new()));
-        let status = assert_refused(client.lookup_users(lookup(keys)).await, Code::InvalidArgument, reason);
+        let status = assert_rejected(client.lookup_users(lookup(keys)).await, Code::InvalidArgument, reason);
         assert_eq!(violations(&status), [("keys".into(), reason.into())]);
     }
 }
 
 #[tokio::test]
-async fn no_lookup_sees_half_of_a_batch() {
+async fn lookup_never_sees_a_part_of_a_batch() {
     let (server, _) = server().await;
     let client = server.client().await;
     let users = batch_created(&mut client.clone(), (0..100).map(|n| user(&format!("user{n}")))).await;
@@ -163,7 +163,7 @@ async fn no_lookup_sees_half_of_a_batch() {
             }
         }
     });
-    // By all kinds of keys, each of which is a walk of its own.
+    // Each kind of key is a separate index scan.
     let keys = users.iter().enumerate().map(|(n, user)| match n % 3 {
         0 => Key::Id(user.id.clone()),
         1 => Key::Username(user.username.clone()),
@@ -193,7 +193,7 @@ async fn two_keys_with_one_canonical_form_are_rejected_and_both_are_named() {
         Key::Email(format!("{SECRET}alice@EXAMPLE.com")),
     ];
     let status = client.lookup_users(lookup(keys)).await;
-    let status = assert_refused(status, Code::InvalidArgument, "FIELD_INVALID");
+    let status = assert_rejected(status, Code::InvalidArgument, "FIELD_INVALID");
     let fields: Vec<_> = violations(&status).into_iter().map(|(field, _)| field).collect();
     assert_eq!(fields, [0, 2, 3, 4].map(|n| format!("keys[{n}].key")));
 }

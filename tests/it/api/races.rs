@@ -1,11 +1,11 @@
-//! Two who want the same user at the same time: each sees what the other did.
+//! Concurrent changes of one user: the second sees the result of the first.
 
 use tonic::{Code, Status};
 use user_service::pb;
 
 use crate::support::*;
 
-/// Two calls that have both begun, and read the row, before either can go on.
+/// Runs two requests that both wait for the lock of the same row before either continues.
 async fn race<A: Send + 'static, B: Send + 'static>(
     database: &Database,
     first: impl Future<Output = Result<A, Status>> + Send + 'static,
@@ -14,15 +14,15 @@ async fn race<A: Send + 'static, B: Send + 'static>(
     let holder = database.connect().await;
     holder.batch_execute("begin; select from users for update").await.unwrap();
     let first = tokio::spawn(first);
-    eventually("one waits", async || (database.count(WAITING).await == 1).then_some(())).await;
+    eventually("the first request waits", async || (database.count(WAITING).await == 1).then_some(())).await;
     let second = tokio::spawn(second);
-    eventually("both wait", async || (database.count(WAITING).await == 2).then_some(())).await;
+    eventually("both requests wait", async || (database.count(WAITING).await == 2).then_some(())).await;
     holder.batch_execute("rollback").await.unwrap();
     (first.await.unwrap(), second.await.unwrap())
 }
 
 #[tokio::test]
-async fn of_two_updates_of_one_revision_the_second_is_refused() {
+async fn second_of_two_updates_of_one_revision_is_rejected() {
     let (server, database) = server().await;
     let client = server.client().await;
     let user = created(&mut client.clone(), "alice").await;
@@ -32,14 +32,14 @@ async fn of_two_updates_of_one_revision_the_second_is_refused() {
         request.user.as_mut().unwrap().revision = 1;
         async move { client.update_user(request).await }
     });
-    let answers: [_; 2] = race(&database, one, two).await.into();
-    let (won, lost): (Vec<_>, Vec<_>) = answers.into_iter().partition(Result::is_ok);
-    assert_eq!(won.len(), 1);
-    assert_refused(lost.into_iter().next().unwrap(), Code::FailedPrecondition, "REVISION_MISMATCH");
+    let responses: [_; 2] = race(&database, one, two).await.into();
+    let (accepted, rejected): (Vec<_>, Vec<_>) = responses.into_iter().partition(Result::is_ok);
+    assert_eq!(accepted.len(), 1);
+    assert_rejected(rejected.into_iter().next().unwrap(), Code::FailedPrecondition, "REVISION_MISMATCH");
 }
 
 #[tokio::test]
-async fn a_delete_of_a_revision_that_an_update_has_passed_is_refused() {
+async fn delete_of_a_revision_that_a_concurrent_update_replaces_is_rejected() {
     let (server, database) = server().await;
     let user = created(&mut server.client().await, "alice").await;
     let (mut updater, mut deleter) = (server.client().await, server.client().await);
@@ -50,11 +50,11 @@ async fn a_delete_of_a_revision_that_an_update_has_passed_is_refused() {
     let delete = async move { deleter.delete_user(delete).await };
     let (updated, deleted) = race(&database, update, delete).await;
     updated.unwrap();
-    assert_refused(deleted, Code::FailedPrecondition, "REVISION_MISMATCH");
+    assert_rejected(deleted, Code::FailedPrecondition, "REVISION_MISMATCH");
 }
 
 #[tokio::test]
-async fn of_two_undeletes_the_second_finds_a_live_user() {
+async fn second_of_two_undeletes_finds_a_live_user() {
     let (server, database) = server().await;
     let client = server.client().await;
     let user = created(&mut client.clone(), "alice").await;
@@ -66,11 +66,11 @@ async fn of_two_undeletes_the_second_finds_a_live_user() {
     };
     let (one, two) = race(&database, call(), call()).await;
     one.unwrap();
-    assert_refused(two, Code::FailedPrecondition, "USER_NOT_DELETED");
+    assert_rejected(two, Code::FailedPrecondition, "USER_NOT_DELETED");
 }
 
 #[tokio::test]
-async fn of_two_expunges_the_second_finds_nobody() {
+async fn second_of_two_expunges_finds_no_user() {
     let (server, database) = server().await;
     let client = server.client().await;
     let user = created(&mut client.clone(), "alice").await;
@@ -81,12 +81,12 @@ async fn of_two_expunges_the_second_finds_nobody() {
     };
     let (one, two) = race(&database, call(), call()).await;
     one.unwrap();
-    assert_refused(two, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(two, Code::NotFound, "USER_NOT_FOUND");
     assert_eq!(database.count("select count(*) from requests").await, 1);
 }
 
 #[tokio::test]
-async fn a_delete_that_waited_for_an_undelete_deletes() {
+async fn delete_that_waits_for_an_undelete_deletes_the_user() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
@@ -98,7 +98,8 @@ async fn a_delete_that_waited_for_an_undelete_deletes() {
         let request = pb::DeleteUserRequest { allow_missing: true, ..delete(&id) };
         async move { client.delete_user(request).await }
     });
-    eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
+    eventually("the request waits for the row", async || (database.count(WAITING).await == 1).then_some(()))
+        .await;
     other.batch_execute("commit").await.unwrap();
     let user = call.await.unwrap().unwrap().into_inner().user.unwrap();
     assert!(user.delete_time.is_some());
@@ -106,7 +107,7 @@ async fn a_delete_that_waited_for_an_undelete_deletes() {
 }
 
 #[tokio::test]
-async fn a_user_that_was_missing_and_comes_up_is_updated() {
+async fn update_that_waits_for_the_create_of_a_missing_user_updates_it() {
     let (server, database) = server().await;
     let id = new_request_id();
     let holder = database.connect().await;
@@ -120,7 +121,8 @@ async fn a_user_that_was_missing_and_comes_up_is_updated() {
     let user = Some(pb::User { id, ..user("alice") });
     let request = pb::UpdateUserRequest { user, allow_missing: true, ..Default::default() };
     let call = tokio::spawn(async move { client.update_user(request).await });
-    eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
+    eventually("the request waits for the row", async || (database.count(WAITING).await == 1).then_some(()))
+        .await;
     holder.batch_execute("commit").await.unwrap();
     assert_eq!(call.await.unwrap().unwrap().into_inner().user.unwrap().revision, 2);
 }

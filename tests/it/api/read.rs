@@ -1,4 +1,4 @@
-//! A user is found, and a username is known to be free or not.
+//! GetUser and CheckUsername.
 
 use tonic::Code;
 use user_service::pb;
@@ -6,7 +6,7 @@ use user_service::pb;
 use crate::support::*;
 
 #[tokio::test]
-async fn a_user_is_found_by_every_form_of_its_username() {
+async fn user_is_found_by_every_form_of_its_username() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "J\u{fc}rgen").await;
@@ -17,33 +17,33 @@ async fn a_user_is_found_by_every_form_of_its_username() {
 }
 
 #[tokio::test]
-async fn who_is_not_there_is_not_found_and_named() {
+async fn missing_user_is_not_found_and_its_key_is_named() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let id = new_request_id();
-    let name = format!("{SECRET}nobody");
+    let name = format!("{SECRET}missing");
     for (key, name) in [(by_id(&id), &id), (by_username(&name), &name)] {
-        let status = assert_refused(client.get_user(key).await, Code::NotFound, "USER_NOT_FOUND");
+        let status = assert_rejected(client.get_user(key).await, Code::NotFound, "USER_NOT_FOUND");
         let resource = tonic_types::StatusExt::get_error_details(&status).resource_info().cloned().unwrap();
         assert_eq!((resource.resource_type.as_str(), &resource.resource_name), ("users.v1.User", name));
     }
 }
 
 #[tokio::test]
-async fn a_user_that_the_caller_knows_is_not_sent_again() {
+async fn user_of_a_known_revision_is_not_sent_again() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
     let known = pb::GetUserRequest { if_revision_not: 1, ..by_id(&user.id) };
-    let answer = client.get_user(known.clone()).await.unwrap().into_inner();
-    assert_eq!(answer, pb::GetUserResponse { user: None, not_modified: true });
+    let response = client.get_user(known.clone()).await.unwrap().into_inner();
+    assert_eq!(response, pb::GetUserResponse { user: None, not_modified: true });
     client.update_user(rename(&user.id, "New")).await.unwrap();
-    let answer = client.get_user(known).await.unwrap().into_inner();
-    assert_eq!((answer.user.unwrap().revision, answer.not_modified), (2, false));
+    let response = client.get_user(known).await.unwrap().into_inner();
+    assert_eq!((response.user.unwrap().revision, response.not_modified), (2, false));
 }
 
 #[tokio::test]
-async fn check_username_says_what_create_would() {
+async fn check_username_predicts_what_create_returns() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let mut check = async |username: String| {
@@ -70,12 +70,12 @@ async fn check_username_says_what_create_would() {
     assert!(held.available_time.is_some());
 
     for invalid in ["no", "two words", "\u{430}pple", "6f0f7a1e-0000-4000-8000-000000000000"] {
-        let answer = check(invalid.into()).await;
+        let response = check(invalid.into()).await;
         assert_eq!(
-            (answer.available, answer.canonical.as_str(), answer.reason()),
+            (response.available, response.canonical.as_str(), response.reason()),
             (false, "", pb::ErrorReason::UsernameInvalid)
         );
     }
     let status = server.client().await.check_username(pb::CheckUsernameRequest::default()).await;
-    assert_refused(status, Code::InvalidArgument, "FIELD_REQUIRED");
+    assert_rejected(status, Code::InvalidArgument, "FIELD_REQUIRED");
 }

@@ -1,4 +1,4 @@
-//! The same request, made again, is made once.
+//! Request ids: a retried request takes effect once.
 
 use futures_util::future::join_all;
 use tonic::Code;
@@ -7,7 +7,7 @@ use user_service::pb;
 use crate::support::*;
 
 #[tokio::test]
-async fn fifty_creates_with_one_request_id_make_one_user_and_get_equal_answers() {
+async fn fifty_creates_with_one_request_id_create_one_user_and_get_equal_responses() {
     let (server, database) = server().await;
     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
     let mut calls = Vec::new();
@@ -15,14 +15,14 @@ async fn fifty_creates_with_one_request_id_make_one_user_and_get_equal_answers()
         let (mut client, request) = (server.client().await, request.clone());
         calls.push(async move { client.create_user(request).await.unwrap().into_inner() });
     }
-    let answers = join_all(calls).await;
-    assert!(answers.iter().all(|answer| *answer == answers[0]));
+    let responses = join_all(calls).await;
+    assert!(responses.iter().all(|response| *response == responses[0]));
     assert_eq!(database.count("select count(*) from users").await, 1);
     assert_eq!(database.count("select count(*) from user_changes").await, 1);
 }
 
 #[tokio::test]
-async fn a_retried_change_changes_nothing_more_and_answers_with_the_user_as_it_is() {
+async fn retried_change_changes_nothing_and_returns_the_current_user() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
@@ -36,7 +36,7 @@ async fn a_retried_change_changes_nothing_more_and_answers_with_the_user_as_it_i
         request_id: new_request_id(),
         ..Default::default()
     };
-    // All at once: the ones that come second find a revision that no longer fits.
+    // The requests are concurrent; all but the first find another revision.
     let calls = (0..20).map(|_| {
         let (mut client, update) = (client.clone(), update.clone());
         async move { client.update_user(update).await.unwrap().into_inner().user.unwrap().revision }
@@ -58,21 +58,21 @@ async fn a_retried_change_changes_nothing_more_and_answers_with_the_user_as_it_i
         let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
         assert_eq!(user.revision, revision);
     }
-    // The delete is not made again, although the user could be deleted again.
+    // The delete is not repeated, although the user could be deleted again.
     let user = client.delete_user(delete).await.unwrap().into_inner().user.unwrap();
     assert_eq!((user.revision, user.delete_time), (5, None));
 
     let expunge = pb::ExpungeUserRequest { request_id: new_request_id(), ..expunge(&id) };
     let first = client.expunge_user(expunge.clone()).await.unwrap().into_inner();
     assert_eq!(client.expunge_user(expunge).await.unwrap().into_inner(), first);
-    // The other records outlive the user, and do not bring it back.
-    assert_refused(client.update_user(update).await, Code::NotFound, "USER_NOT_FOUND");
+    // The other records outlive the user and do not recreate it.
+    assert_rejected(client.update_user(update).await, Code::NotFound, "USER_NOT_FOUND");
     assert_eq!(database.count("select count(*) from users").await, 0);
     assert_eq!(database.count("select count(*) from user_changes").await, 6);
 }
 
 #[tokio::test]
-async fn a_retried_delete_of_nobody_does_not_delete_who_came_later() {
+async fn retried_delete_of_a_missing_user_does_not_delete_a_user_created_later() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let id = new_request_id();
@@ -84,7 +84,7 @@ async fn a_retried_delete_of_nobody_does_not_delete_who_came_later() {
 }
 
 #[tokio::test]
-async fn a_request_id_with_other_content_or_for_another_rpc_is_refused() {
+async fn request_id_with_other_content_or_for_another_rpc_is_rejected() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let request_id = new_request_id();
@@ -92,30 +92,30 @@ async fn a_request_id_with_other_content_or_for_another_rpc_is_refused() {
     let id = client.create_user(request).await.unwrap().into_inner().user.unwrap().id;
 
     let other = pb::CreateUserRequest { request_id: request_id.clone(), ..create(user("bob")) };
-    let status = assert_refused(client.create_user(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    let status = assert_rejected(client.create_user(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(violations(&status), [("request_id".into(), "REQUEST_ID_REUSED".into())]);
     let update = pb::UpdateUserRequest { request_id: request_id.clone(), ..rename(&id, "New") };
-    assert_refused(client.update_user(update).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_rejected(client.update_user(update).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     let delete = pb::DeleteUserRequest { request_id: request_id.clone(), ..delete(&id) };
-    assert_refused(client.delete_user(delete).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_rejected(client.delete_user(delete).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     let expunge = pb::ExpungeUserRequest { request_id, ..expunge(&id) };
-    assert_refused(client.expunge_user(expunge).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_rejected(client.expunge_user(expunge).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(client.get_user(by_id(&id)).await.unwrap().into_inner().user.unwrap().revision, 1);
 
-    // Nor is the id of an expunge good for anything else, although its user is gone.
+    // The id of an expunge cannot be reused either, although its user is erased.
     let expunge = pb::ExpungeUserRequest { request_id: new_request_id(), ..crate::support::expunge(&id) };
     client.expunge_user(expunge.clone()).await.unwrap();
     let other = pb::CreateUserRequest { request_id: expunge.request_id, ..create(user("bob")) };
-    assert_refused(client.create_user(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_rejected(client.create_user(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
 }
 
 #[tokio::test]
-async fn a_failed_call_leaves_no_record_and_a_purged_one_counts_no_more() {
+async fn failed_request_leaves_no_record_and_a_purged_record_has_no_effect() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
-    assert_refused(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_rejected(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
     let stale = pb::UpdateUserRequest {
         user: Some(pb::User {
             id: id.clone(),
@@ -126,55 +126,55 @@ async fn a_failed_call_leaves_no_record_and_a_purged_one_counts_no_more() {
         request_id: new_request_id(),
         ..Default::default()
     };
-    assert_refused(client.update_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
+    assert_rejected(client.update_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
     assert_eq!(database.count("select count(*) from requests").await, 0);
 
     client.expunge_user(expunge(&id)).await.unwrap();
     let first = client.create_user(request.clone()).await.unwrap().into_inner().user.unwrap();
     database.connect().await.batch_execute("delete from requests").await.unwrap();
-    assert_refused(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_rejected(client.create_user(request.clone()).await, Code::AlreadyExists, "USERNAME_TAKEN");
     client.expunge_user(expunge(&first.id)).await.unwrap();
     let second = client.create_user(request).await.unwrap().into_inner().user.unwrap();
     assert_ne!(first.id, second.id);
 }
 
 #[tokio::test]
-async fn a_used_request_id_is_refused_before_anything_else_is() {
+async fn reused_request_id_is_rejected_before_any_other_error() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let request_id = new_request_id();
     let request = pb::CreateUserRequest { request_id: request_id.clone(), ..create(user("alice")) };
     let id = client.create_user(request).await.unwrap().into_inner().user.unwrap().id;
-    let nobody = new_request_id();
-    let update = pb::UpdateUserRequest { request_id: request_id.clone(), ..rename(&nobody, "x") };
-    assert_refused(client.update_user(update).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
-    let delete_nobody =
-        pb::DeleteUserRequest { request_id: request_id.clone(), allow_missing: true, ..delete(&nobody) };
-    assert_refused(client.delete_user(delete_nobody).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
-    for id in [nobody, id.clone()] {
+    let missing = new_request_id();
+    let update = pb::UpdateUserRequest { request_id: request_id.clone(), ..rename(&missing, "x") };
+    assert_rejected(client.update_user(update).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    let delete_missing =
+        pb::DeleteUserRequest { request_id: request_id.clone(), allow_missing: true, ..delete(&missing) };
+    assert_rejected(client.delete_user(delete_missing).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    for id in [missing, id.clone()] {
         client.delete_user(pb::DeleteUserRequest { allow_missing: true, ..delete(&id) }).await.unwrap();
         let undelete = pb::UndeleteUserRequest { id, request_id: request_id.clone(), ..Default::default() };
-        assert_refused(client.undelete_user(undelete).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+        assert_rejected(client.undelete_user(undelete).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     }
-    // Once its user is gone, what it was for is not known any more.
+    // After the erasure, the record no longer shows what the id was used for.
     client.expunge_user(expunge(&id)).await.unwrap();
     let again = pb::ExpungeUserRequest { request_id, ..expunge(&id) };
-    assert_refused(client.expunge_user(again).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(client.expunge_user(again).await, Code::NotFound, "USER_NOT_FOUND");
 }
 
 #[tokio::test]
-async fn a_retried_create_does_not_bring_an_erased_user_back() {
+async fn retried_create_does_not_recreate_an_erased_user() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
     let id = client.create_user(request.clone()).await.unwrap().into_inner().user.unwrap().id;
     client.expunge_user(expunge(&id)).await.unwrap();
-    assert_refused(client.create_user(request).await, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(client.create_user(request).await, Code::NotFound, "USER_NOT_FOUND");
     assert_eq!(database.count("select count(*) from users").await, 0);
 }
 
 #[tokio::test]
-async fn a_retried_undelete_does_not_undelete_who_was_deleted_again() {
+async fn retried_undelete_does_not_undelete_a_user_that_was_deleted_again() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
@@ -185,16 +185,16 @@ async fn a_retried_undelete_does_not_undelete_who_was_deleted_again() {
     client.delete_user(delete(&id)).await.unwrap();
     let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
     assert!(user.delete_time.is_some() && user.revision == 4);
-    // A purged record is none.
+    // A purged record has no effect.
     database.connect().await.batch_execute("delete from requests").await.unwrap();
     let user = client.undelete_user(undelete.clone()).await.unwrap().into_inner().user.unwrap();
     assert!(user.delete_time.is_none() && user.revision == 5);
     database.connect().await.batch_execute("delete from requests").await.unwrap();
-    assert_refused(client.undelete_user(undelete).await, Code::FailedPrecondition, "USER_NOT_DELETED");
+    assert_rejected(client.undelete_user(undelete).await, Code::FailedPrecondition, "USER_NOT_DELETED");
 }
 
 #[tokio::test]
-async fn the_same_request_about_the_same_data_has_another_fingerprint_for_another_user() {
+async fn equal_requests_for_a_user_created_again_have_other_fingerprints() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let [id, first, second, third] = [(); 4].map(|()| new_request_id());
@@ -220,11 +220,11 @@ async fn the_same_request_about_the_same_data_has_another_fingerprint_for_anothe
     assert_eq!(fingerprints.len(), 6);
 }
 
-/// The retry looks for the record before the first attempt commits, and waits for the same row.
+/// The retry looks up the record before the first attempt commits, and waits for the same row.
 #[tokio::test]
 async fn retry_that_overlaps_its_first_attempt_gets_the_same_response() {
     let database = Database::migrated().await;
-    // Both wait until they may continue, however slow the machine is.
+    // Neither attempt must time out on a slow machine.
     let server = Server::start(&database, &[("LOCK_TIMEOUT_MS", "60000")]).await;
     let mut client = server.client().await;
     let id = created(&mut client, "alice").await.id;
@@ -237,9 +237,7 @@ async fn retry_that_overlaps_its_first_attempt_gets_the_same_response() {
         let mut client = client.clone();
         tokio::spawn(async move { client.update_user(request).await })
     });
-    let waiting = "select count(*) from pg_stat_activity
-        where datname = current_database() and wait_event_type = 'Lock'";
-    eventually("both wait", async || (database.count(waiting).await == 2).then_some(())).await;
+    eventually("both attempts wait", async || (database.count(WAITING).await == 2).then_some(())).await;
     blocker.batch_execute("rollback").await.unwrap();
     for attempt in attempts {
         assert_eq!(attempt.await.unwrap().unwrap().into_inner().user.unwrap().revision, 2);

@@ -1,4 +1,4 @@
-//! A user changes: nothing is lost, nothing changes without need.
+//! UpdateUser.
 
 use futures_util::future::join_all;
 use prost_types::FieldMask;
@@ -22,7 +22,7 @@ async fn the_mask_says_what_is_written() {
     let expect = |username: &pb::User, email: &pb::User, display_name: &str| {
         (username.username.clone(), email.email.clone(), display_name.to_owned())
     };
-    // Each case goes on with what the one before has left.
+    // Each case continues with the result of the one before.
     let cases = [
         (
             "absent, with one field",
@@ -33,7 +33,7 @@ async fn the_mask_says_what_is_written() {
             expect(&new, &old, &old.display_name),
         ),
         (
-            "absent, with nothing",
+            "absent, without fields",
             pb::UpdateUserRequest {
                 user: Some(pb::User { id: old.id.clone(), ..Default::default() }),
                 ..Default::default()
@@ -66,23 +66,23 @@ async fn the_mask_says_what_is_written() {
 }
 
 #[tokio::test]
-async fn a_mask_that_makes_no_sense_is_refused() {
+async fn invalid_update_mask_is_rejected() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
     for paths in [&["nickname"][..], &["*", "email"], &["user.email"], &[""], &["email", "\0"]] {
         let status = client.update_user(update(user.clone(), paths)).await;
-        let status = assert_refused(status, Code::InvalidArgument, "UPDATE_MASK_INVALID");
+        let status = assert_rejected(status, Code::InvalidArgument, "UPDATE_MASK_INVALID");
         assert_eq!(violations(&status), [("update_mask".into(), "UPDATE_MASK_INVALID".into())]);
     }
     // All fields, but a required one is empty.
     let status = client.update_user(update(pb::User { email: String::new(), ..user }, &["*"])).await;
-    let status = assert_refused(status, Code::InvalidArgument, "FIELD_REQUIRED");
+    let status = assert_rejected(status, Code::InvalidArgument, "FIELD_REQUIRED");
     assert_eq!(violations(&status), [("user.email".into(), "FIELD_REQUIRED".into())]);
 }
 
 #[tokio::test]
-async fn an_update_that_changes_nothing_keeps_revision_and_update_time() {
+async fn update_that_changes_nothing_keeps_revision_and_update_time() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
@@ -92,7 +92,7 @@ async fn an_update_that_changes_nothing_keeps_revision_and_update_time() {
 }
 
 #[tokio::test]
-async fn of_two_writers_with_the_same_revision_one_wins_and_the_other_learns_the_current_one() {
+async fn second_of_two_writers_is_rejected_with_the_current_revision() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
@@ -101,19 +101,19 @@ async fn of_two_writers_with_the_same_revision_one_wins_and_the_other_learns_the
         let user = pb::User { display_name: display_name.into(), ..user.clone() };
         async move { client.update_user(update(user, &["display_name"])).await }
     });
-    let (won, lost): (Vec<_>, Vec<_>) = join_all(writers).await.into_iter().partition(Result::is_ok);
-    assert_eq!((won.len(), lost.len()), (1, 1));
-    let won = won.into_iter().next().unwrap().unwrap().into_inner().user.unwrap();
-    assert_eq!(won.revision, 2);
+    let (accepted, rejected): (Vec<_>, Vec<_>) = join_all(writers).await.into_iter().partition(Result::is_ok);
+    assert_eq!((accepted.len(), rejected.len()), (1, 1));
+    let accepted = accepted.into_iter().next().unwrap().unwrap().into_inner().user.unwrap();
+    assert_eq!(accepted.revision, 2);
     let status =
-        assert_refused(lost.into_iter().next().unwrap(), Code::FailedPrecondition, "REVISION_MISMATCH");
+        assert_rejected(rejected.into_iter().next().unwrap(), Code::FailedPrecondition, "REVISION_MISMATCH");
     let details = tonic_types::StatusExt::get_error_details(&status);
     assert_eq!(details.error_info().unwrap().metadata["current_revision"], "2");
-    assert_eq!(client.get_user(by_id(&user.id)).await.unwrap().into_inner().user, Some(won));
+    assert_eq!(client.get_user(by_id(&user.id)).await.unwrap().into_inner().user, Some(accepted));
 }
 
 #[tokio::test]
-async fn the_final_revision_counts_64_writers_that_do_not_look() {
+async fn each_of_64_concurrent_updates_adds_one_revision() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
@@ -132,20 +132,20 @@ async fn the_final_revision_counts_64_writers_that_do_not_look() {
 }
 
 #[tokio::test]
-async fn a_value_that_was_there_before_is_written_if_it_is_not_there_any_more() {
+async fn earlier_value_is_written_again_if_it_is_no_longer_current() {
     let (server, database) = server().await;
     let client = server.client().await;
     let id = created(&mut client.clone(), "alice").await.id;
-    // Each waits for the others, and sees what it asks for in the row as it was
-    // before the wait.
+    // A writer that waits for the row lock may have seen the requested value before the wait.
     let writers = (0..8).map(|n| {
         let (mut client, id) = (client.clone(), id.clone());
         async move {
             let mut revisions = Vec::new();
-            for round in 0..60 {
-                let asked = ["A", "B"][(n + round) % 2];
-                let user = client.update_user(rename(&id, asked)).await.unwrap().into_inner().user.unwrap();
-                assert_eq!(user.display_name, asked);
+            for update in 0..60 {
+                let requested = ["A", "B"][(n + update) % 2];
+                let user =
+                    client.update_user(rename(&id, requested)).await.unwrap().into_inner().user.unwrap();
+                assert_eq!(user.display_name, requested);
                 revisions.push(user.revision);
             }
             revisions
@@ -157,11 +157,11 @@ async fn a_value_that_was_there_before_is_written_if_it_is_not_there_any_more() 
 }
 
 #[tokio::test]
-async fn update_time_never_goes_back() {
+async fn update_time_never_decreases() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
-    // As if another replica's clock were ahead.
+    // The clock of another replica is ahead.
     database
         .connect()
         .await
@@ -179,29 +179,29 @@ async fn update_time_never_goes_back() {
 }
 
 #[tokio::test]
-async fn a_taken_username_is_refused_and_an_own_one_in_another_case_is_not() {
+async fn rename_to_a_taken_username_is_rejected_but_changing_its_case_is_accepted() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;
     created(&mut client, "bob").await;
     let named = |name: &str| update(pb::User { id: alice.id.clone(), ..user(name) }, &["username"]);
-    assert_refused(client.update_user(named("BOB")).await, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_rejected(client.update_user(named("BOB")).await, Code::AlreadyExists, "USERNAME_TAKEN");
     let user = client.update_user(named("ALICE")).await.unwrap().into_inner().user.unwrap();
     assert_eq!((user.username, user.revision), (format!("{SECRET}ALICE"), 2));
 }
 
 #[tokio::test]
-async fn who_is_deleted_or_missing_cannot_be_updated() {
+async fn deleted_or_missing_user_cannot_be_updated() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
     client.delete_user(delete(&user.id)).await.unwrap();
-    assert_refused(
+    assert_rejected(
         client.update_user(rename(&user.id, "New")).await,
         Code::FailedPrecondition,
         "USER_DELETED",
     );
-    assert_refused(
+    assert_rejected(
         client.update_user(rename(&new_request_id(), "New")).await,
         Code::NotFound,
         "USER_NOT_FOUND",
@@ -209,7 +209,7 @@ async fn who_is_deleted_or_missing_cannot_be_updated() {
 }
 
 #[tokio::test]
-async fn with_allow_missing_20_concurrent_updates_create_one_user_and_update_it() {
+async fn twenty_concurrent_updates_with_allow_missing_create_one_user_and_update_it() {
     let (server, database) = server().await;
     let client = server.client().await;
     let id = new_request_id();
@@ -224,17 +224,17 @@ async fn with_allow_missing_20_concurrent_updates_create_one_user_and_update_it(
     assert_eq!(revisions, (1..=20).collect::<Vec<_>>());
     assert_eq!(database.count("select count(*) from users").await, 1);
 
-    // What only the create needs matters only if there is nobody.
+    // The fields that only a create requires are required only if the user is missing.
     let mut client = client;
     let request = pb::UpdateUserRequest { allow_missing: true, ..rename(&id, "New") };
     assert_eq!(client.update_user(request).await.unwrap().into_inner().user.unwrap().revision, 21);
     let request = pb::UpdateUserRequest { allow_missing: true, ..rename(&new_request_id(), "New") };
-    let status = assert_refused(client.update_user(request).await, Code::InvalidArgument, "FIELD_REQUIRED");
+    let status = assert_rejected(client.update_user(request).await, Code::InvalidArgument, "FIELD_REQUIRED");
     assert_eq!(violations(&status).len(), 2);
 }
 
 #[tokio::test]
-async fn validate_only_answers_like_the_real_update_and_writes_nothing() {
+async fn validate_only_update_returns_what_the_real_one_would_and_writes_nothing() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let user = created(&mut client, "alice").await;
@@ -251,5 +251,5 @@ async fn validate_only_answers_like_the_real_update_and_writes_nothing() {
         validate_only: true,
         ..Default::default()
     };
-    assert_refused(client.update_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
+    assert_rejected(client.update_user(stale).await, Code::FailedPrecondition, "REVISION_MISMATCH");
 }

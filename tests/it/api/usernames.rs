@@ -1,4 +1,4 @@
-//! Usernames that are held, released and taken back.
+//! Holds of usernames, and their release.
 
 use tonic::{Code, transport::Channel};
 use user_service::pb::{self, user_service_client::UserServiceClient};
@@ -18,16 +18,16 @@ async fn check(client: &mut Client, name: &str) -> pb::CheckUsernameResponse {
     client.check_username(request).await.unwrap().into_inner()
 }
 
-/// Every way to take a username is rejected.
+/// Asserts that every way to take a username is rejected.
 async fn assert_taken(client: &mut Client, name: &str, eve: &str) {
     let taken = |field: &str| vec![(field.to_owned(), "USERNAME_TAKEN".to_owned())];
     let status =
-        assert_refused(client.create_user(create(user(name))).await, Code::AlreadyExists, "USERNAME_TAKEN");
+        assert_rejected(client.create_user(create(user(name))).await, Code::AlreadyExists, "USERNAME_TAKEN");
     assert_eq!(violations(&status), taken("user.username"));
     let status = client.update_user(set_username(eve, name)).await;
-    assert_refused(status, Code::AlreadyExists, "USERNAME_TAKEN");
+    assert_rejected(status, Code::AlreadyExists, "USERNAME_TAKEN");
     let status = client.batch_create_users(batch_create([user("other"), user(name)])).await;
-    let status = assert_refused(status, Code::AlreadyExists, "USERNAME_TAKEN");
+    let status = assert_rejected(status, Code::AlreadyExists, "USERNAME_TAKEN");
     assert_eq!(violations(&status), taken("items[1].user.username"));
     for mode in [pb::ImportMode::CreateOnly, pb::ImportMode::Overwrite] {
         let chunk = pb::ImportUsersRequest {
@@ -56,7 +56,7 @@ async fn replaced_username_is_held_and_its_owner_takes_it_back() {
     assert!((until - now - 30 * 24 * 3600).abs() < 3600);
     // A held username finds no user.
     let status = client.get_user(by_username("zqzqalice")).await;
-    assert_refused(status, Code::NotFound, "USER_NOT_FOUND");
+    assert_rejected(status, Code::NotFound, "USER_NOT_FOUND");
 
     client.update_user(set_username(&alice.id, "Alice")).await.unwrap();
     assert_taken(&mut client, "ally", &eve.id).await;
@@ -64,7 +64,7 @@ async fn replaced_username_is_held_and_its_owner_takes_it_back() {
 }
 
 #[tokio::test]
-async fn holds_end_by_release_by_time_and_with_the_user() {
+async fn hold_ends_by_release_by_time_or_with_its_user() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("PURGE_INTERVAL_MS", "10")]).await;
     let mut client = server.client().await;
@@ -74,14 +74,14 @@ async fn holds_end_by_release_by_time_and_with_the_user() {
     let release = pb::UpdateUserRequest { release_username: true, ..set_username(&alice.id, "ally") };
     client.update_user(release).await.unwrap();
     created(&mut client, "alice").await;
-    // After the fact, by an update that changes nothing else.
+    // Later, by an update that changes nothing else.
     client.update_user(set_username(&alice.id, "alina")).await.unwrap();
     assert!(!check(&mut client, "ally").await.available);
     let release = pb::UpdateUserRequest { release_username: true, ..set_username(&alice.id, "alina") };
     let user = client.update_user(release).await.unwrap().into_inner().user.unwrap();
     assert_eq!(user.revision, 3);
     assert!(check(&mut client, "ally").await.available);
-    // By time; then the purge deletes the row.
+    // By time. The purge then deletes the row.
     client.update_user(set_username(&alice.id, "alva")).await.unwrap();
     database.connect().await.batch_execute("update username_holds set expire_time = now()").await.unwrap();
     assert!(check(&mut client, "alina").await.available);
@@ -96,7 +96,7 @@ async fn holds_end_by_release_by_time_and_with_the_user() {
 }
 
 #[tokio::test]
-async fn hold_of_no_days_frees_a_replaced_username_at_once() {
+async fn hold_of_zero_days_frees_a_replaced_username_at_once() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("USERNAME_HOLD_DAYS", "0")]).await;
     let mut client = server.client().await;
@@ -106,7 +106,7 @@ async fn hold_of_no_days_frees_a_replaced_username_at_once() {
 }
 
 #[tokio::test]
-async fn deleted_user_releases_its_usernames_at_once_or_after_the_fact() {
+async fn second_delete_releases_the_usernames_of_a_deleted_user() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;
@@ -118,20 +118,20 @@ async fn deleted_user_releases_its_usernames_at_once_or_after_the_fact() {
     let released = client.delete_user(release.clone()).await.unwrap().into_inner().user.unwrap();
     assert_eq!(released.revision, 4);
     assert!(check(&mut client, "ally").await.available && check(&mut client, "alice").await.available);
-    // There is nothing more to release.
+    // Nothing is left to release.
     let again = client.delete_user(release).await.unwrap().into_inner().user.unwrap();
     assert_eq!(again, released);
     let undelete = pb::UndeleteUserRequest { id: alice.id.clone(), ..Default::default() };
     let status = client.undelete_user(undelete).await;
-    assert_refused(status, Code::FailedPrecondition, "USERNAME_RELEASED");
+    assert_rejected(status, Code::FailedPrecondition, "USERNAME_RELEASED");
 }
 
-/// A batch looks for usernames, waits for one of them, and meanwhile another user takes the other
-/// one and gives it up: the hold is younger than what the batch has seen.
+/// The batch checks both usernames and waits for the first. Another user takes the second and
+/// replaces it, so its hold is newer than the check.
 #[tokio::test]
-async fn username_that_is_taken_and_replaced_while_a_batch_waits_stays_held() {
+async fn username_taken_and_replaced_while_a_batch_waits_stays_held() {
     let database = Database::migrated().await;
-    // The batch waits until it may continue, however slow the machine is.
+    // The batch must not time out on a slow machine.
     let server = Server::start(&database, &[("LOCK_TIMEOUT_MS", "60000")]).await;
     let mut client = server.client().await;
     let blocker = database.connect().await;
@@ -143,20 +143,18 @@ async fn username_that_is_taken_and_replaced_while_a_batch_waits_stays_held() {
         let mut client = client.clone();
         async move { client.batch_create_users(batch_create([user("aaa"), user("bbb")])).await }
     });
-    let waiting = "select count(*) from pg_stat_activity
-        where datname = current_database() and wait_event_type = 'Lock'";
-    eventually("the batch waits", async || (database.count(waiting).await == 1).then_some(())).await;
+    eventually("the batch waits", async || (database.count(WAITING).await == 1).then_some(())).await;
     let bob = created(&mut client, "bbb").await;
     client.update_user(set_username(&bob.id, "bob")).await.unwrap();
     blocker.batch_execute("rollback").await.unwrap();
-    let status = assert_refused(batch.await.unwrap(), Code::AlreadyExists, "USERNAME_TAKEN");
+    let status = assert_rejected(batch.await.unwrap(), Code::AlreadyExists, "USERNAME_TAKEN");
     assert_eq!(violations(&status), [("items[1].user.username".into(), "USERNAME_TAKEN".into())]);
     assert_eq!(database.count("select count(*) from users").await, 1);
 }
 
-/// The delete looks before the rename commits, and waits for it.
+/// The delete starts before the rename commits, and waits for it.
 #[tokio::test]
-async fn release_frees_a_username_that_a_concurrent_rename_has_just_replaced() {
+async fn release_frees_a_username_that_a_concurrent_rename_replaces() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("LOCK_TIMEOUT_MS", "60000")]).await;
     let mut client = server.client().await;
@@ -174,9 +172,7 @@ async fn release_frees_a_username_that_a_concurrent_rename_has_just_replaced() {
         let request = pb::DeleteUserRequest { release_username: true, ..delete(&id) };
         async move { client.delete_user(request).await }
     });
-    let waiting = "select count(*) from pg_stat_activity
-        where datname = current_database() and wait_event_type = 'Lock'";
-    eventually("the delete waits", async || (database.count(waiting).await == 1).then_some(())).await;
+    eventually("the delete waits", async || (database.count(WAITING).await == 1).then_some(())).await;
     admin.batch_execute("commit").await.unwrap();
     assert_eq!(deleted.await.unwrap().unwrap().into_inner().user.unwrap().revision, 3);
     assert_eq!(database.count("select count(*) from username_holds").await, 0);
@@ -184,7 +180,7 @@ async fn release_frees_a_username_that_a_concurrent_rename_has_just_replaced() {
 }
 
 #[tokio::test]
-async fn rows_carry_the_version_of_the_rules_that_made_their_keys() {
+async fn rows_have_the_version_of_the_rules_that_made_their_keys() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let alice = created(&mut client, "alice").await;

@@ -221,7 +221,8 @@ async fn every_committed_change_appears_once_and_no_other_appears() {
         let mut client = client.clone();
         async move { client.create_user(create(user(&format!("user{}", n % 100)))).await }
     }));
-    let acknowledged = writers.await.into_iter().flatten().map(|answer| answer.into_inner().user.unwrap());
+    let acknowledged =
+        writers.await.into_iter().flatten().map(|response| response.into_inner().user.unwrap());
     let acknowledged: HashSet<String> = acknowledged.map(|user| user.id).collect();
     assert_eq!(acknowledged.len(), 100);
     let changes = watch.changes(100).await;
@@ -429,8 +430,8 @@ async fn watch_beyond_the_limit_is_rejected_with_the_limit() {
     let mut client = server.client().await;
     let one = Watch::from_now(&mut client).await;
     let _two = Watch::from_now(&mut client).await;
-    let refused = Watch::open(&mut client, initial_state()).await.map(drop);
-    let status = assert_refused(refused, Code::Unavailable, "OVERLOADED");
+    let rejected = Watch::open(&mut client, initial_state()).await.map(drop);
+    let status = assert_rejected(rejected, Code::Unavailable, "OVERLOADED");
     assert!(status.message().contains('2') && status.get_error_details().retry_info().is_some());
     drop(one);
     let again = async || Watch::open(&mut client.clone(), initial_state()).await.ok().map(drop);

@@ -232,7 +232,7 @@ async fn resume_token_requires_its_filter_and_watch_token_accepts_any() {
                 if meaning == other_meaning {
                     resumed.unwrap();
                 } else {
-                    let status = assert_refused(resumed, Code::InvalidArgument, "RESUME_TOKEN_INVALID");
+                    let status = assert_rejected(resumed, Code::InvalidArgument, "RESUME_TOKEN_INVALID");
                     assert_eq!(violations(&status)[0].0, "resume_token");
                 }
             }
@@ -264,8 +264,8 @@ async fn unsupported_and_invalid_filters_are_rejected_with_the_field() {
         ),
     ] {
         let request = pb::WatchUsersRequest { filter: Some(filter), ..initial_state() };
-        let refused = Watch::open(&mut client, request).await.map(drop);
-        let status = assert_refused(refused, Code::InvalidArgument, reason);
+        let rejected = Watch::open(&mut client, request).await.map(drop);
+        let status = assert_rejected(rejected, Code::InvalidArgument, reason);
         assert_eq!(violations(&status), [(field.into(), reason.into())]);
     }
 }

@@ -27,7 +27,7 @@ async fn restored_dump_does_not_hide_new_changes() {
     let from_now = async || Watch::open(&mut client.clone(), from_token("")).await.ok();
     let mut new = eventually("the log has a new origin", from_now).await;
     let token = std::mem::take(&mut watch.token);
-    assert_refused(
+    assert_rejected(
         Watch::resumed(&mut client, &token).await.map(drop),
         Code::FailedPrecondition,
         "RESUME_TOKEN_FOREIGN",
@@ -52,8 +52,8 @@ async fn restored_database_rejects_earlier_tokens_even_if_it_was_never_written()
         database.connect().await.batch_execute(FOREIGN_LOG).await.unwrap();
         change_log::reset_origin(&database.config()).await.unwrap();
         for token in &tokens {
-            let refused = Watch::resumed(&mut client, token).await.map(drop);
-            assert_refused(refused, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
+            let rejected = Watch::resumed(&mut client, token).await.map(drop);
+            assert_rejected(rejected, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
         }
     }
 }

@@ -50,13 +50,13 @@ async fn invalid_and_foreign_tokens_are_rejected_with_instructions() {
         bad.push(encode_token(b"watch", text.as_bytes()));
     }
     for token in bad {
-        let refused = Watch::resumed(&mut client, &token).await.map(drop);
-        let status = assert_refused(refused, Code::InvalidArgument, "RESUME_TOKEN_INVALID");
+        let rejected = Watch::resumed(&mut client, &token).await.map(drop);
+        let status = assert_rejected(rejected, Code::InvalidArgument, "RESUME_TOKEN_INVALID");
         assert_eq!(violations(&status), [("resume_token".into(), "RESUME_TOKEN_INVALID".into())]);
         assert!(status.message().contains("send_initial_state"));
     }
     let both = pb::WatchUsersRequest { send_initial_state: true, ..from_token(&token) };
-    let status = assert_refused(
+    let status = assert_rejected(
         Watch::open(&mut client, both).await.map(drop),
         Code::InvalidArgument,
         "FIELD_INVALID",
@@ -64,8 +64,8 @@ async fn invalid_and_foreign_tokens_are_rejected_with_instructions() {
     assert_eq!(violations(&status)[0].0, "send_initial_state");
 
     let foreign = async |client: &mut UserServiceClient<Channel>, token: &str| {
-        let refused = Watch::resumed(client, token).await.map(drop);
-        let status = assert_refused(refused, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
+        let rejected = Watch::resumed(client, token).await.map(drop);
+        let status = assert_rejected(rejected, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
         assert!(status.message().contains("send_initial_state"));
     };
     // Another database of the cluster, another timeline, a position in the future.
@@ -103,8 +103,8 @@ async fn old_changes_are_purged_and_tokens_before_them_expire() {
     let left = async || database.count("select count(*) from user_changes").await;
     eventually("the old changes are purged", async || (left().await == 0).then_some(())).await;
 
-    let refused = Watch::resumed(&mut client, &before).await.map(drop);
-    let status = assert_refused(refused, Code::OutOfRange, "RESUME_TOKEN_EXPIRED");
+    let rejected = Watch::resumed(&mut client, &before).await.map(drop);
+    let status = assert_rejected(rejected, Code::OutOfRange, "RESUME_TOKEN_EXPIRED");
     assert!(status.message().contains("send_initial_state"));
     // A token after the purged changes is still valid.
     let mut resumed = Watch::resumed(&mut client, &after).await.unwrap();
@@ -194,7 +194,7 @@ async fn stopping_server_ends_its_watches_with_tokens_that_another_replica_accep
     let id = created(&mut two.client().await, "alice").await.id;
     for mut watch in watches {
         let status = watch.end().await;
-        assert_refused::<()>(Err(status), Code::Unavailable, "SHUTTING_DOWN");
+        assert_rejected::<()>(Err(status), Code::Unavailable, "SHUTTING_DOWN");
         let mut resumed = Watch::resumed(&mut two.client().await, &watch.token).await.unwrap();
         assert_eq!(resumed.changes(1).await[0].id, id);
     }

@@ -1,4 +1,4 @@
-//! Clients that we did not write get on with the service, by reflection alone.
+//! Third-party clients use the service; they know it by reflection only.
 
 use std::{path::PathBuf, process::Command};
 
@@ -6,22 +6,22 @@ use tonic_reflection::pb::{v1, v1alpha};
 
 use crate::support::*;
 
-/// A program that `make test` installs.
+/// A command of a program that `make test` installs.
 fn tool(path: &str) -> Command {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools").join(path);
-    assert!(path.exists(), "there is no {}: run `make test`, which installs it", path.display());
+    assert!(path.exists(), "{} is missing: `make test` installs it", path.display());
     Command::new(path)
 }
 
 #[tokio::test]
-async fn pythons_grpcio_walks_a_users_whole_life() {
+async fn python_grpcio_client_creates_changes_watches_and_erases_users() {
     let (server, _) = server().await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/life.py");
     let output = tool("venv/bin/python").args([script, &server.addr]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Calls an rpc by `buf curl`, as an operator would by grpcurl.
+/// Calls an rpc with `buf curl`.
 fn buf_curl(server: &Server, rpc: &str, json: &str) -> Result<String, String> {
     let url = format!("http://{}/users.v1.UserService/{rpc}", server.addr);
     let mut command = tool("node_modules/.bin/buf");
@@ -32,7 +32,7 @@ fn buf_curl(server: &Server, rpc: &str, json: &str) -> Result<String, String> {
 }
 
 #[tokio::test]
-async fn buf_curl_walks_a_users_whole_life() {
+async fn buf_curl_creates_changes_and_erases_a_user() {
     let (server, _) = server().await;
     let id = "0190a3c0-0000-7000-8000-000000000001";
     let with_id = |rest: &str| format!(r#"{{"id":"{id}"{rest}}}"#);
@@ -43,11 +43,11 @@ async fn buf_curl_walks_a_users_whole_life() {
         "{created}"
     );
     assert_eq!(created, buf_curl(&server, "GetUser", r#"{"username":"ZQZQALICE"}"#).unwrap());
-    let refused = buf_curl(&server, "CreateUser", &create).unwrap_err();
-    assert!(refused.contains(r#""code":"already_exists""#), "{refused}");
+    let rejected = buf_curl(&server, "CreateUser", &create).unwrap_err();
+    assert!(rejected.contains(r#""code":"already_exists""#), "{rejected}");
     assert!(
-        refused.contains("google.rpc.ErrorInfo") && refused.contains("google.rpc.BadRequest"),
-        "{refused}"
+        rejected.contains("google.rpc.ErrorInfo") && rejected.contains("google.rpc.BadRequest"),
+        "{rejected}"
     );
     let update = format!(r#"{{"user":{{"id":"{id}","displayName":"Al"}},"updateMask":"displayName"}}"#);
     assert!(buf_curl(&server, "UpdateUser", &update).unwrap().contains(r#""displayName":"Al""#));
@@ -75,26 +75,28 @@ async fn both_versions_of_reflection_serve_the_contract_with_its_comments() {
     let file = "users.v1.UserService";
     let expected = ["users.v1.UserService", "grpc.health.v1.Health"];
 
-    let ask = |request| v1::ServerReflectionRequest { message_request: Some(request), ..Default::default() };
-    let questions = [
+    let request =
+        |message| v1::ServerReflectionRequest { message_request: Some(message), ..Default::default() };
+    let requests = [
         v1::server_reflection_request::MessageRequest::ListServices(String::new()),
         v1::server_reflection_request::MessageRequest::FileContainingSymbol(file.into()),
         v1::server_reflection_request::MessageRequest::FileContainingSymbol("google.rpc.RetryInfo".into()),
     ];
     let mut client = v1::server_reflection_client::ServerReflectionClient::new(server.channel().await);
-    let stream = client.server_reflection_info(futures_util::stream::iter(questions.map(ask))).await.unwrap();
+    let stream =
+        client.server_reflection_info(futures_util::stream::iter(requests.map(request))).await.unwrap();
     let mut stream = stream.into_inner();
-    let mut answers = Vec::new();
-    while let Some(answer) = stream.message().await.unwrap() {
-        answers.push(answer.message_response.unwrap());
+    let mut responses = Vec::new();
+    while let Some(response) = stream.message().await.unwrap() {
+        responses.push(response.message_response.unwrap());
     }
     let [
         v1::server_reflection_response::MessageResponse::ListServicesResponse(services),
         v1::server_reflection_response::MessageResponse::FileDescriptorResponse(files),
         v1::server_reflection_response::MessageResponse::FileDescriptorResponse(_),
-    ] = &answers[..]
+    ] = &responses[..]
     else {
-        panic!("{answers:?}");
+        panic!("{responses:?}");
     };
     let names: Vec<_> = services.service.iter().map(|service| service.name.as_str()).collect();
     assert!(expected.iter().all(|name| names.contains(name)), "{names:?}");
@@ -109,9 +111,10 @@ async fn both_versions_of_reflection_serve_the_contract_with_its_comments() {
     };
     let mut client = v1alpha::server_reflection_client::ServerReflectionClient::new(server.channel().await);
     let stream = client.server_reflection_info(futures_util::stream::iter([request])).await.unwrap();
-    let answer = stream.into_inner().message().await.unwrap().unwrap().message_response.unwrap();
-    let v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(services) = answer else {
-        panic!("{answer:?}");
+    let response = stream.into_inner().message().await.unwrap().unwrap().message_response.unwrap();
+    let v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(services) = response
+    else {
+        panic!("{response:?}");
     };
     assert!(services.service.iter().any(|service| service.name == expected[0]));
 }

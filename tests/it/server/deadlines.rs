@@ -28,12 +28,12 @@ async fn deadline_on_a_locked_row_is_met_and_cancels_the_statement() {
     // With one connection, the next request needs the one that was blocked.
     let server = Server::start(&database, &[("POOL_SIZE", "1")]).await;
     let (id, holder) = locked(&server, &database).await;
-    let mut client = server.patient_client();
+    let mut client = server.client_ignoring_deadlines();
 
     let started = Instant::now();
     let response = client.update_user(with_timeout(rename(&id, "New"), "50m")).await;
     let elapsed = started.elapsed();
-    assert_refused(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    assert_rejected(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
     // The statement timeout is 30 s, far more.
     assert!((Duration::from_millis(50)..Duration::from_secs(5)).contains(&elapsed), "{elapsed:?}");
     let returned = Instant::now();
@@ -71,7 +71,7 @@ async fn wait_for_a_connection_counts_towards_the_deadline() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("POOL_SIZE", "1"), ("REQUEST_TIMEOUT_MS", "10000")]).await;
     let (id, _holder) = locked(&server, &database).await;
-    let mut client = server.patient_client();
+    let mut client = server.client_ignoring_deadlines();
     let blocked = tokio::spawn({
         let (mut client, id) = (client.clone(), id.clone());
         async move { client.update_user(rename(&id, "New")).await }
@@ -81,9 +81,9 @@ async fn wait_for_a_connection_counts_towards_the_deadline() {
     })
     .await;
     let response = client.get_user(with_timeout(by_id(&id), "50m")).await;
-    assert_refused(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    assert_rejected(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
     // The blocked request has no deadline, so REQUEST_TIMEOUT_MS ends it.
-    assert_refused(blocked.await.unwrap(), Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    assert_rejected(blocked.await.unwrap(), Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
 }
 
 #[tokio::test]
@@ -92,7 +92,7 @@ async fn full_queue_rejects_at_once_and_queued_requests_time_out() {
     let settings = [("POOL_SIZE", "1"), ("MAX_QUEUED_REQUESTS", "2"), ("POOL_ACQUIRE_TIMEOUT_MS", "5000")];
     let server = Server::start(&database, &settings).await;
     let (id, holder) = locked(&server, &database).await;
-    let mut client = server.patient_client();
+    let mut client = server.client_ignoring_deadlines();
     let blocked = tokio::spawn({
         let (mut client, id) = (client.clone(), id.clone());
         async move { client.update_user(rename(&id, "New")).await }
@@ -105,7 +105,7 @@ async fn full_queue_rejects_at_once_and_queued_requests_time_out() {
         let (mut client, id) = (client.clone(), id.clone());
         async move {
             let started = Instant::now();
-            let status = assert_refused(client.get_user(by_id(&id)).await, Code::Unavailable, "OVERLOADED");
+            let status = assert_rejected(client.get_user(by_id(&id)).await, Code::Unavailable, "OVERLOADED");
             assert!(status.get_error_details().retry_info().is_some());
             started.elapsed()
         }
@@ -126,13 +126,13 @@ async fn locked_row_does_not_exhaust_the_pool() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("POOL_SIZE", "2"), ("LOCK_TIMEOUT_MS", "100")]).await;
     let (id, holder) = locked(&server, &database).await;
-    let client = server.patient_client();
+    let client = server.client_ignoring_deadlines();
     let writers = (0..20).map(|n| {
         let (mut client, id) = (client.clone(), id.clone());
         async move {
             let request = pb::UpdateUserRequest { validate_only: n % 2 == 0, ..rename(&id, "New") };
             let response = client.update_user(request).await;
-            let status = assert_refused(response, Code::Aborted, "TRANSACTION_CONFLICT");
+            let status = assert_rejected(response, Code::Aborted, "TRANSACTION_CONFLICT");
             assert!(status.get_error_details().retry_info().is_some());
         }
     });
@@ -151,10 +151,10 @@ async fn locked_row_does_not_exhaust_the_pool() {
 async fn validate_only_releases_its_locks_when_its_deadline_passes() {
     let (server, database) = server().await;
     let (id, holder) = locked(&server, &database).await;
-    let mut client = server.patient_client();
+    let mut client = server.client_ignoring_deadlines();
     let request = pb::UpdateUserRequest { validate_only: true, ..rename(&id, "New") };
     let response = client.update_user(with_timeout(request, "50m")).await;
-    assert_refused(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    assert_rejected(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
     eventually("the backend is idle", async || (database.count(BUSY).await == 0).then_some(())).await;
     holder.batch_execute("rollback").await.unwrap();
     holder.batch_execute("select from users for update nowait").await.unwrap();

@@ -41,7 +41,7 @@ async fn service_without_a_database_is_live_and_becomes_ready_when_the_database_
         assert_eq!(server.health(name).await, Some(status), "{name}");
     }
     let status = server.client().await.get_user(by_id(&new_request_id())).await;
-    assert_refused(status, Code::Unavailable, "DATABASE_UNAVAILABLE");
+    assert_rejected(status, Code::Unavailable, "DATABASE_UNAVAILABLE");
     let postgres = Embedded::start(dir.path()).await.unwrap();
     server.wait_until("", ServingStatus::Serving).await;
     created(&mut server.client().await, "alice").await;

@@ -1,4 +1,4 @@
-//! Connections, deadlines, start and stop, foreign clients.
+//! Connections, deadlines, start and stop, third-party clients.
 
 mod clients;
 mod deadlines;

@@ -1,4 +1,4 @@
-//! Without `DATABASE_URL`, the service brings its own PostgreSQL.
+//! The private PostgreSQL, which the service starts without `DATABASE_URL`.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
@@ -8,13 +8,13 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use crate::support::*;
 
 async fn start(data_dir: &Path) -> Server {
-    // The port is none of the environment's business.
+    // `PGPORT` must have no effect.
     let server = Server::spawn(&[("DATA_DIR", data_dir.to_str().unwrap()), ("PGPORT", "5433")]).await;
     server.wait_until("", ServingStatus::Serving).await;
     server
 }
 
-/// What a service says whose start fails on this directory.
+/// Starts a service on this directory, which must fail, and returns its standard error.
 fn failing_start(data_dir: &Path) -> String {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_user-service"));
     command.env("DATA_DIR", data_dir).env("LISTEN_ADDR", "127.0.0.1:0").env_remove("DATABASE_URL");
@@ -23,14 +23,14 @@ fn failing_start(data_dir: &Path) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
-/// The process id of the private PostgreSQL, while there is one.
+/// The process id of the private PostgreSQL, if it is running.
 fn postmaster(data_dir: &Path) -> Option<String> {
     let file = fs::read_to_string(data_dir.join("data/postmaster.pid")).ok()?;
     file.lines().next().map(str::to_owned)
 }
 
 #[tokio::test]
-async fn it_is_started_keeps_its_data_and_is_stopped_with_the_service() {
+async fn private_postgresql_starts_and_stops_with_the_service_and_keeps_its_data() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let data_dir = dir.path().join("deep/er");
     let mut server = start(&data_dir).await;
@@ -50,12 +50,12 @@ async fn it_is_started_keeps_its_data_and_is_stopped_with_the_service() {
 }
 
 #[tokio::test]
-async fn its_own_log_has_no_personal_data() {
+async fn log_of_the_private_postgresql_has_no_personal_data() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let mut server = start(dir.path()).await;
     let mut client = server.client().await;
     created(&mut client, "alice").await;
-    // The service looks before it inserts, so a violation has to be provoked.
+    // The service checks before it inserts, so the test causes the violation.
     let mut postgres = tokio_postgres::Config::new();
     postgres.host_path(dir.path()).user("postgres").dbname("postgres");
     let (admin, connection) = postgres.connect(tokio_postgres::NoTls).await.unwrap();
@@ -72,7 +72,7 @@ async fn its_own_log_has_no_personal_data() {
 }
 
 #[tokio::test]
-async fn a_directory_with_other_things_in_it_is_left_alone() {
+async fn directory_with_foreign_files_is_rejected_and_not_changed() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(dir.path().join("letter.txt"), "Dear").unwrap();
@@ -82,7 +82,7 @@ async fn a_directory_with_other_things_in_it_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_second_service_on_the_same_directory_is_told_so() {
+async fn second_service_on_the_same_directory_is_rejected() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let mut server = start(dir.path()).await;
     let error = failing_start(dir.path());
@@ -93,7 +93,7 @@ async fn a_second_service_on_the_same_directory_is_told_so() {
 }
 
 #[tokio::test]
-async fn after_a_kill_the_next_start_takes_over() {
+async fn next_start_after_a_kill_takes_over_the_directory() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let mut server = start(dir.path()).await;
     let user = created(&mut server.client().await, "alice").await;
@@ -109,9 +109,9 @@ async fn after_a_kill_the_next_start_takes_over() {
 }
 
 #[tokio::test]
-async fn without_server_binaries_one_sentence_says_what_to_do() {
+async fn missing_server_binaries_are_reported_with_instructions() {
     let dir = TempDir::with_prefix("pg-").unwrap();
-    // Data of a version that nobody has any more.
+    // A version whose binaries are not installed.
     fs::create_dir(dir.path().join("data")).unwrap();
     fs::write(dir.path().join("data/PG_VERSION"), "9\n").unwrap();
     let error = failing_start(dir.path());
@@ -121,9 +121,9 @@ async fn without_server_binaries_one_sentence_says_what_to_do() {
     );
 }
 
-/// Root hands PostgreSQL to another user; everybody else runs it themselves.
+/// PostgreSQL does not run as root.
 #[tokio::test]
-async fn it_runs_as_the_service_does_unless_that_is_root() {
+async fn private_postgresql_runs_as_the_user_of_the_service_unless_that_is_root() {
     use std::os::unix::fs::MetadataExt;
     let dir = TempDir::with_prefix("pg-").unwrap();
     let mut server = start(dir.path()).await;

@@ -1,4 +1,4 @@
-//! What breaks is reported for what it is, heals by itself, and loses nothing.
+//! Faults of the database are reported as retryable, end by themselves, and lose no change.
 
 use std::{
     sync::{
@@ -19,9 +19,9 @@ use user_service::store::dev_postgres::Embedded;
 use crate::feed::watch::{Watch, from_token, user_of};
 use crate::support::*;
 
-/// A failure that says: not now, come back.
+/// Asserts that an error is retryable, and returns its reason.
 #[track_caller]
-fn assert_passing(status: &Status) -> String {
+fn assert_retryable(status: &Status) -> String {
     let reason = reason(status);
     assert!(["DATABASE_UNAVAILABLE", "OUTCOME_UNKNOWN"].contains(&reason.as_str()), "{status:?}");
     assert_eq!(status.code(), Code::Unavailable);
@@ -30,7 +30,7 @@ fn assert_passing(status: &Status) -> String {
 }
 
 #[tokio::test]
-async fn after_a_kill_between_commit_and_reply_the_retry_gives_that_user() {
+async fn retry_after_a_kill_between_commit_and_response_returns_the_created_user() {
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
     let mut server = Server::start(&proxy.database(), &[]).await;
@@ -38,13 +38,13 @@ async fn after_a_kill_between_commit_and_reply_the_retry_gives_that_user() {
     let mut client = server.client().await;
     client.check_username(pb::CheckUsernameRequest { username: "warm-up".into() }).await.unwrap();
 
-    proxy.hold_answers();
+    proxy.hold_responses();
     let call = tokio::spawn({
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.create_user(request).await }
     });
     let count = "select count(*) from users";
-    eventually("it is committed", async || (database.count(count).await == 1).then_some(())).await;
+    eventually("the change is committed", async || (database.count(count).await == 1).then_some(())).await;
     assert!(!call.is_finished());
     server.signal("KILL");
     server.ended().await;
@@ -59,29 +59,29 @@ async fn after_a_kill_between_commit_and_reply_the_retry_gives_that_user() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_during_a_change_leaves_the_outcome_open_and_the_retry_settles_it() {
+async fn retry_resolves_the_outcome_of_a_change_whose_connection_broke() {
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[]).await;
     let mut client = server.client().await;
     let request = pb::CreateUserRequest { request_id: new_request_id(), ..create(user("alice")) };
-    proxy.hold_answers();
+    proxy.hold_responses();
     let call = tokio::spawn({
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.create_user(request).await }
     });
     let count = "select count(*) from users";
-    eventually("it is committed", async || (database.count(count).await == 1).then_some(())).await;
+    eventually("the change is committed", async || (database.count(count).await == 1).then_some(())).await;
     proxy.cut();
     let status = call.await.unwrap().unwrap_err();
-    assert_eq!(assert_passing(&status), "OUTCOME_UNKNOWN");
-    // The retry may meet another of the connections that were cut, and is made again.
-    eventually("the retry goes through", async || client.create_user(request.clone()).await.ok()).await;
+    assert_eq!(assert_retryable(&status), "OUTCOME_UNKNOWN");
+    // The retry can use another connection that was cut; then it is repeated.
+    eventually("the retry succeeds", async || client.create_user(request.clone()).await.ok()).await;
     assert_eq!(database.count(count).await, 1);
 }
 
 #[tokio::test]
-async fn a_change_that_was_not_committed_when_its_connection_broke_can_be_made_again() {
+async fn uncommitted_change_whose_connection_broke_can_be_retried() {
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[]).await;
@@ -94,27 +94,30 @@ async fn a_change_that_was_not_committed_when_its_connection_broke_can_be_made_a
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.update_user(request).await }
     });
-    eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
+    eventually("the statement waits for the row", async || {
+        (database.count(WAITING).await == 1).then_some(())
+    })
+    .await;
     proxy.cut();
-    assert_eq!(assert_passing(&call.await.unwrap().unwrap_err()), "OUTCOME_UNKNOWN");
-    // The backend notices that its client has gone, and gives up the change.
+    assert_eq!(assert_retryable(&call.await.unwrap().unwrap_err()), "OUTCOME_UNKNOWN");
+    // The backend detects that its client has disconnected, and rolls back.
     let cut = Instant::now();
-    eventually("the backend is gone", async || (database.count(WAITING).await == 0).then_some(())).await;
-    // It looks once a second; the statement itself could go on for 30.
+    eventually("the backend has ended", async || (database.count(WAITING).await == 0).then_some(())).await;
+    // The backend checks once a second. The statement timeout is 30 s.
     assert!(cut.elapsed() < Duration::from_secs(10), "{:?}", cut.elapsed());
     holder.batch_execute("rollback").await.unwrap();
     let retry = async || client.clone().update_user(request.clone()).await.ok();
-    let user = eventually("the retry goes through", retry).await.into_inner().user.unwrap();
+    let user = eventually("the retry succeeds", retry).await.into_inner().user.unwrap();
     assert_eq!((user.revision, user.display_name.as_str()), (2, "New"));
 }
 
 #[tokio::test]
-async fn connections_are_opened_also_if_the_calls_that_began_to_have_gone() {
+async fn connections_are_opened_even_if_the_requests_that_need_them_have_ended() {
     const POOL_SIZE: usize = 3;
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[("POOL_SIZE", "3")]).await;
-    let client = server.patient_client();
+    let client = server.client_ignoring_deadlines();
     let calls = |timeout| {
         let client = &client;
         join_all((0..POOL_SIZE).map(move |_| {
@@ -123,22 +126,22 @@ async fn connections_are_opened_also_if_the_calls_that_began_to_have_gone() {
         }))
     };
     proxy.cut();
-    proxy.hold_answers();
-    // The first ones find out that the connections which they are given are broken.
+    proxy.hold_responses();
+    // The first requests find that their connections are broken.
     calls("100m").await;
-    for answer in calls("500m").await {
-        assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    for response in calls("500m").await {
+        assert_rejected(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
     }
-    proxy.pass_on();
+    proxy.release_responses();
     let idle = "select count(*) from pg_stat_activity
         where datname = current_database() and application_name = 'user-service' and state = 'idle'";
-    // One more is the health's.
+    // One more connection belongs to the health check.
     let are_open = async || (database.count(idle).await == POOL_SIZE as i64 + 1).then_some(());
     eventually("all connections are open", are_open).await;
 }
 
 #[tokio::test]
-async fn when_all_backends_are_terminated_no_connection_stays_stuck() {
+async fn no_connection_stays_broken_after_all_backends_are_terminated() {
     let (server, database) = server().await;
     let client = server.client().await;
     let id = created(&mut client.clone(), "alice").await.id;
@@ -151,19 +154,17 @@ async fn when_all_backends_are_terminated_no_connection_stays_stuck() {
     assert!(burst().await.iter().all(Result::is_ok));
     for _ in 0..5 {
         assert!(terminate_backends(&database).await > 0);
-        // Some may meet a connection that is just going; nobody does twice.
+        // A request can use a connection that is being closed.
         for status in burst().await.into_iter().filter_map(Result::err) {
-            assert_passing(&status);
+            assert_retryable(&status);
         }
-        eventually("all connections are good", async || {
-            burst().await.iter().all(Result::is_ok).then_some(())
-        })
-        .await;
+        eventually("all connections work", async || burst().await.iter().all(Result::is_ok).then_some(()))
+            .await;
     }
 }
 
 #[tokio::test]
-async fn statements_that_the_schema_has_outgrown_are_prepared_again_on_every_connection() {
+async fn schema_change_prepares_statements_again_on_every_connection() {
     let (server, database) = server().await;
     let client = server.client().await;
     let user = created(&mut client.clone(), "alice").await;
@@ -174,7 +175,7 @@ async fn statements_that_the_schema_has_outgrown_are_prepared_again_on_every_con
         }))
     };
     assert!(burst().await.iter().all(|found| *found == user));
-    // As a later release's migration may, while this one serves.
+    // The migration of a later release can do this while this one is serving.
     database
         .connect()
         .await
@@ -186,7 +187,7 @@ async fn statements_that_the_schema_has_outgrown_are_prepared_again_on_every_con
 }
 
 #[tokio::test]
-async fn who_watches_or_resumes_misses_nothing_when_the_schema_outgrows_the_statements() {
+async fn watches_miss_no_change_after_a_schema_change() {
     let (server, database) = server().await;
     let mut client = server.client().await;
     let mut watch = Watch::open(&mut client, pb::WatchUsersRequest::default()).await.unwrap();
@@ -196,12 +197,12 @@ async fn who_watches_or_resumes_misses_nothing_when_the_schema_outgrows_the_stat
     watch.changes(1).await;
     let sql = "alter table users alter display_name type varchar(1000)";
     database.connect().await.batch_execute(sql).await.unwrap();
-    // Told to come back, and then served.
-    let mut resumed = eventually("it is resumed", async || {
+    // The watch is first rejected as retryable, and then accepted.
+    let mut resumed = eventually("the watch resumes", async || {
         Watch::open(&mut client.clone(), from_token(&token))
             .await
             .inspect_err(|status| {
-                assert_passing(status);
+                assert_retryable(status);
             })
             .ok()
     })
@@ -214,7 +215,7 @@ async fn who_watches_or_resumes_misses_nothing_when_the_schema_outgrows_the_stat
 }
 
 #[tokio::test]
-async fn a_connection_that_cannot_write_any_more_is_replaced() {
+async fn read_only_connection_is_replaced() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("POOL_SIZE", "1")]).await;
     let mut client = server.client().await;
@@ -223,21 +224,21 @@ async fn a_connection_that_cannot_write_any_more_is_replaced() {
     let read_only = format!("alter database {} set default_transaction_read_only = on", database.name);
     admin.batch_execute(&read_only).await.unwrap();
     terminate_backends(&database).await;
-    eventually("it cannot write", async || {
+    eventually("the connection is read-only", async || {
         let status = client.update_user(rename(&id, "New")).await.unwrap_err();
-        (assert_passing(&status) == "DATABASE_UNAVAILABLE").then_some(())
+        (assert_retryable(&status) == "DATABASE_UNAVAILABLE").then_some(())
     })
     .await;
     admin.batch_execute("set default_transaction_read_only = off").await.unwrap();
     let writable = format!("alter database {} reset default_transaction_read_only", database.name);
     admin.batch_execute(&writable).await.unwrap();
-    // The connection of a refused call is gone; the next one can write.
+    // A rejected request closes its connection. The next connection can write.
     drop(client.update_user(rename(&id, "New")).await);
     client.update_user(rename(&id, "Newer")).await.unwrap();
 }
 
 #[tokio::test]
-async fn the_database_stops_and_starts_under_load_and_no_acknowledged_write_is_lost() {
+async fn database_restart_under_load_loses_no_acknowledged_write() {
     let dir = TempDir::with_prefix("pg-").unwrap();
     let postgres = Embedded::start(dir.path()).await.unwrap();
     let database = Database { socket_dir: dir.path().into(), name: "postgres".into() };
@@ -249,21 +250,21 @@ async fn the_database_stops_and_starts_under_load_and_no_acknowledged_write_is_l
             tokio::spawn(async move {
                 let channel = tonic::transport::Channel::from_shared(format!("http://{addr}")).unwrap();
                 let mut client = pb::user_service_client::UserServiceClient::new(channel.connect_lazy());
-                let (mut acknowledged, mut refused) = (Vec::new(), 0);
+                let (mut acknowledged, mut rejected) = (Vec::new(), 0);
                 for n in 0.. {
                     if is_over.load(Ordering::Relaxed) {
                         break;
                     }
                     match client.create_user(create(user(&format!("w{writer}n{n}")))).await {
-                        Ok(answer) => acknowledged.push(answer.into_inner().user.unwrap().id),
+                        Ok(response) => acknowledged.push(response.into_inner().user.unwrap().id),
                         Err(status) => {
-                            assert_passing(&status);
-                            refused += 1;
+                            assert_retryable(&status);
+                            rejected += 1;
                             tokio::time::sleep(Duration::from_millis(5)).await;
                         }
                     }
                 }
-                (acknowledged, refused)
+                (acknowledged, rejected)
             })
         })
         .collect();
@@ -280,13 +281,13 @@ async fn the_database_stops_and_starts_under_load_and_no_acknowledged_write_is_l
     let before = rows().await;
     eventually("the writers write again", async || (rows().await > before + 50).then_some(())).await;
     is_over.store(true, Ordering::Relaxed);
-    let (mut acknowledged, mut refused) = (Vec::new(), 0);
+    let (mut acknowledged, mut rejected) = (Vec::new(), 0);
     for writer in join_all(writers).await {
         let (ids, n) = writer.unwrap();
         acknowledged.extend(ids);
-        refused += n;
+        rejected += n;
     }
-    assert!(refused > 0);
+    assert!(rejected > 0);
     let client = database.connect().await;
     let found: i64 = client
         .query_one("select count(*) from users where id::text = any($1)", &[&acknowledged])
@@ -299,17 +300,17 @@ async fn the_database_stops_and_starts_under_load_and_no_acknowledged_write_is_l
 }
 
 #[tokio::test]
-async fn a_database_that_falls_silent_holds_nobody_beyond_the_deadline() {
+async fn unresponsive_database_delays_no_request_beyond_its_deadline() {
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[]).await;
-    let mut client = server.patient_client();
-    proxy.hold_answers();
-    let answer = client.get_user(with_timeout(by_id(&new_request_id()), "100m")).await;
-    assert_refused(answer, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+    let mut client = server.client_ignoring_deadlines();
+    proxy.hold_responses();
+    let response = client.get_user(with_timeout(by_id(&new_request_id()), "100m")).await;
+    assert_rejected(response, Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
     server.wait_until("", ServingStatus::NotServing).await;
     proxy.cut();
     server.wait_until("", ServingStatus::Serving).await;
-    let answer = client.get_user(by_id(&new_request_id())).await;
-    assert_refused(answer, Code::NotFound, "USER_NOT_FOUND");
+    let response = client.get_user(by_id(&new_request_id())).await;
+    assert_rejected(response, Code::NotFound, "USER_NOT_FOUND");
 }

@@ -1,4 +1,4 @@
-//! The schema is brought up to date once, whoever starts when.
+//! Migrations run once, even if replicas start at the same time.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use crate::support::*;
 const APPLIED: &str = "select count(*) from refinery_schema_history";
 
 #[tokio::test]
-async fn eight_replicas_that_start_together_on_an_empty_database_all_get_ready() {
+async fn eight_replicas_that_start_at_once_on_an_empty_database_all_become_ready() {
     let database = Database::empty().await;
     let servers = join_all((0..8).map(|_| Server::start(&database, &[("POOL_SIZE", "2")]))).await;
     for (n, server) in servers.iter().enumerate() {
@@ -24,19 +24,20 @@ async fn eight_replicas_that_start_together_on_an_empty_database_all_get_ready()
 }
 
 #[tokio::test]
-async fn a_replica_that_dies_while_it_migrates_does_not_stop_the_others() {
+async fn replica_that_dies_while_it_migrates_does_not_block_other_replicas() {
     let database = Database::empty().await;
-    // Somebody has the lock, and goes.
+    // The connection that holds the lock of a migrating replica.
     let holder = database.connect().await;
     holder.batch_execute(&format!("select pg_advisory_lock({MIGRATION_LOCK})")).await.unwrap();
     let server = Server::spawn(&[("DATABASE_URL", &database.url())]).await;
     let polls = "select count(*) from pg_stat_activity
         where datname = current_database() and query like 'select pg_try_advisory_lock%'";
-    eventually("it asks for the lock", async || (database.count(polls).await > 0).then_some(())).await;
-    // Nobody else has begun.
+    eventually("the server requests the lock", async || (database.count(polls).await > 0).then_some(()))
+        .await;
+    // No migration has started.
     let tables = "select count(*) from pg_class where relname in ('users', 'refinery_schema_history')";
     assert_eq!(database.count(tables).await, 0);
-    // It holds no snapshot meanwhile: an index could be built concurrently.
+    // While it waits it holds no snapshot, which would block `create index concurrently`.
     let in_transaction = format!("{polls} and backend_xmin is not null and state <> 'active'");
     assert_eq!(database.count(&in_transaction).await, 0);
     drop(holder);
@@ -44,7 +45,7 @@ async fn a_replica_that_dies_while_it_migrates_does_not_stop_the_others() {
 }
 
 #[tokio::test]
-async fn a_database_ahead_of_the_binary_is_served() {
+async fn database_with_a_newer_schema_is_served() {
     let database = Database::migrated().await;
     let future = "insert into refinery_schema_history
         select 99, 'from_the_future', applied_on, checksum from refinery_schema_history limit 1";
@@ -54,7 +55,7 @@ async fn a_database_ahead_of_the_binary_is_served() {
 }
 
 #[tokio::test]
-async fn migrate_does_that_and_exits() {
+async fn migrate_command_applies_all_migrations_once_and_exits() {
     let database = Database::empty().await;
     for _ in 0..2 {
         let mut command = Command::new(env!("CARGO_BIN_EXE_user-service"));
@@ -65,7 +66,7 @@ async fn migrate_does_that_and_exits() {
 }
 
 #[tokio::test]
-async fn a_schema_that_does_not_fit_stops_the_start() {
+async fn schema_without_a_required_column_stops_the_start() {
     let database = Database::migrated().await;
     assert!(list::STATEMENTS.iter().any(|sql| sql.contains("display_name")));
     database.connect().await.batch_execute("alter table users drop column display_name").await.unwrap();
@@ -75,7 +76,7 @@ async fn a_schema_that_does_not_fit_stops_the_start() {
 }
 
 #[tokio::test]
-async fn a_migration_that_was_changed_afterwards_stops_the_start() {
+async fn modified_migration_stops_the_start() {
     let database = Database::migrated().await;
     let change = "update refinery_schema_history set checksum = '1' where version = 1";
     database.connect().await.batch_execute(change).await.unwrap();

@@ -1,4 +1,4 @@
-//! Statements, faults and migrations.
+//! Faults, migrations and the private PostgreSQL.
 
 mod dev_postgres;
 mod faults;
