@@ -29,7 +29,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
-use crate::store::users::{Locking, Outcome};
+use crate::store::items::{Locking, Outcome};
 
 /// Statements that may wait for locks at the same time, for each operation. A locked row can
 /// keep no more of the pool's connections busy.

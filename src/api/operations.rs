@@ -12,9 +12,10 @@ use crate::model::names::Username;
 use crate::model::request::{Create, Delete, Update};
 use crate::model::user::UserKey;
 use crate::pb;
+use crate::store::items::{Items, Locking, Outcome};
 use crate::store::lookup;
 use crate::store::pool::Db;
-use crate::store::users::{self, Items, Locking, Outcome};
+use crate::store::users;
 
 /// `GetUser` by id and by username.
 pub struct Get(pub Arc<Db>);
@@ -66,7 +67,7 @@ impl Operation for UpdateOne {
 
     fn batch_policy(update: &Update) -> BatchPolicy {
         let Update { patch, request_id, validate_only, .. } = update;
-        policy(*validate_only, request_id, Some(patch.id.as_u128()), patch.username.as_ref())
+        policy(*validate_only || patch.is_rename(), request_id, Some(patch.id.as_u128()), None)
     }
 
     async fn run_batch(
@@ -103,15 +104,16 @@ impl Operation for DeleteOne {
     }
 }
 
-/// A change that is rolled back runs alone. Two requests with the same request id, user or
+/// A change that is rolled back runs alone, and so does a rename, which locks usernames too. Two
+/// requests with the same request id, user or
 /// username would conflict within one statement.
 fn policy(
-    validate_only: bool,
+    is_alone: bool,
     request_id: &RequestId,
     user_id: Option<u128>,
     username: Option<&Username>,
 ) -> BatchPolicy {
-    if validate_only {
+    if is_alone {
         return BatchPolicy::Alone;
     }
     let hash =

@@ -118,7 +118,7 @@ fn non_nil(id: Uuid) -> Option<Uuid> {
 }
 
 /// Which keys are those of several elements.
-pub fn repeated<K: Eq + Hash>(keys: impl Iterator<Item = Option<K>> + Clone) -> Vec<bool> {
+fn repeated<K: Eq + Hash>(keys: impl Iterator<Item = Option<K>> + Clone) -> Vec<bool> {
     let mut counts = HashMap::new();
     for key in keys.clone().flatten() {
         *counts.entry(key).or_insert(0) += 1;

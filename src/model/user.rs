@@ -94,6 +94,11 @@ impl UserPatch {
         }
         patch
     }
+
+    /// Whether it concerns the username, or one that is held for the user.
+    pub fn is_rename(&self) -> bool {
+        self.username.is_some() || self.release_username
+    }
 }
 
 /// The paths that a mask may have: the fields of [`pb::User`].

@@ -1,6 +1,6 @@
 //! Request ids: recorded by the statement that makes the change, looked up for retries.
 
-use std::time::SystemTime;
+use std::{slice, time::SystemTime};
 
 use uuid::Uuid;
 
@@ -14,11 +14,11 @@ use crate::store::user_row::{USER_COLUMN_COUNT, column, optional_user_from_row, 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[REPLAY];
 
-/// Records the request ids of accepted items, each hashed with the salts of its users: one a row,
-/// or with `$1` one for all rows. A record that another transaction has made since this
-/// statement began is a unique violation; the next attempt sees it and is a retry.
+/// Records the request ids of a relation of items, each hashed with the salts of its users:
+/// `each` item has its own, or `all` have the same. A record that another transaction has made
+/// since this statement began is a unique violation; the next attempt sees it and is a retry.
 macro_rules! record_requests {
-    ($from:literal) => {
+    (each $from:literal) => {
         concat!(
             "recorded as (
     insert into requests (request_id, fingerprint, is_salted, user_id, user_ids, expire_time)
@@ -26,19 +26,21 @@ macro_rules! record_requests {
         fingerprint_salt is not null, user_id, null, now() + interval '24 hours'
     from ",
             $from,
-            " where request_id is not null and not $1::boolean
-    union all
-    select (array_agg(request_id))[1],
-        coalesce(
-            sha256((array_agg(fingerprint))[1] || string_agg(fingerprint_salt, '' order by n)),
-            (array_agg(fingerprint))[1]
-        ),
+            " where request_id is not null
+)"
+        )
+    };
+    (all $from:literal) => {
+        concat!(
+            "recorded as (
+    insert into requests (request_id, fingerprint, is_salted, user_id, user_ids, expire_time)
+    select request_id,
+        coalesce(sha256(fingerprint || string_agg(fingerprint_salt, '' order by n)), fingerprint),
         count(fingerprint_salt) > 0, (array_agg(user_id order by n))[1], array_agg(user_id order by n),
         now() + interval '24 hours'
     from ",
             $from,
-            " where request_id is not null and $1::boolean
-    having count(*) > 0
+            " where request_id is not null group by request_id, fingerprint
 )"
         )
     };
@@ -71,6 +73,12 @@ select ",
 from found order by n"
 );
 
+/// The users that a request is about: the ids that it gives.
+pub(crate) enum Shape<'a> {
+    One(Option<Uuid>),
+    Batch(&'a [Option<Uuid>]),
+}
+
 /// What a recorded request did.
 pub(crate) struct Replay {
     /// Its users as they now are; `Err` has the id of an erased one.
@@ -90,28 +98,32 @@ impl Replay {
 }
 
 /// Finds what the request with this id did, if there is an id and it is recorded. Fails with
-/// `REQUEST_ID_REUSED` if it had other content; that is unknown once a user of it is erased,
-/// because its salt is gone too.
-///
-/// `batch_len` is the number of items; `None` for a request about one user.
+/// `REQUEST_ID_REUSED` if it had another shape or other content. Once a user of it is erased, its
+/// salt is gone, and only the shape is known.
 pub(crate) async fn replay(
     db: &Db,
     request_id: &RequestId,
-    batch_len: Option<usize>,
+    shape: Shape<'_>,
 ) -> Result<Option<Replay>, Error> {
     if request_id.id.is_none() {
         return Ok(None);
     }
     let rows = db.run(Access::Read, REPLAY, &[&request_id.id, &request_id.fingerprint]).await?;
     let Some(first) = rows.first() else { return Ok(None) };
-    let mut users = Vec::with_capacity(rows.len());
+    let (mut users, mut ids) = (Vec::with_capacity(rows.len()), Vec::with_capacity(rows.len()));
     for row in &rows {
         let id = column(row, USER_COLUMN_COUNT)?;
         users.push(optional_user_from_row(row)?.ok_or(id));
+        ids.push(id);
     }
-    let is_batch: bool = column(first, USER_COLUMN_COUNT + 2)?;
     let is_same: Option<bool> = column(first, USER_COLUMN_COUNT + 3)?;
-    let has_same_shape = is_batch == batch_len.is_some() && batch_len.is_none_or(|len| len == rows.len());
+    let (given, is_batch) = match &shape {
+        Shape::One(id) => (slice::from_ref(id), false),
+        Shape::Batch(ids) => (*ids, true),
+    };
+    let has_same_shape = is_batch == column::<bool>(first, USER_COLUMN_COUNT + 2)?
+        && given.len() == ids.len()
+        && given.iter().zip(&ids).all(|(given, id)| given.is_none_or(|given| given == *id));
     if !has_same_shape || is_same == Some(false) {
         let what = "was used for a request with other content";
         return Err(Error::invalid("request_id", Reason::RequestIdReused, what));

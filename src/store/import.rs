@@ -11,7 +11,7 @@ use crate::error::{Access, Error};
 use crate::model::stream::Chunk;
 use crate::pb;
 use crate::pb::{ErrorReason as Reason, ImportMode};
-use crate::store::pool::Db;
+use crate::store::pool::{Db, Param};
 use crate::store::user_row::{NewUsers, column, insert_users, new_user_arrays, new_user_fields};
 
 /// Every statement of this file, for preparation.
@@ -73,14 +73,14 @@ const USER_ID_TAKEN: i16 = 5;
 const USER_DELETED: i16 = 6;
 
 /// The users of a chunk as rows. A chunk that waits for a lock holds up every request that
-/// waits for its own locks, so it gives up after `$4` and lets them pass. The columns of the
+/// waits for its own locks, so it gives up after a second and lets them pass. The columns of the
 /// record are `$1` to `$3`.
 macro_rules! input {
     () => {
         concat!(
             "with input as materialized (
     select i.*
-    from (select set_config('lock_timeout', $4, true)) as lock_timeout,
+    from (select set_config('lock_timeout', '1s', true)) as lock_timeout,
         unnest(",
             new_user_arrays!(),
             ") with ordinality as i (",
@@ -102,7 +102,7 @@ macro_rules! outcome_of_new_user {
     };
 }
 
-/// Records what is `decided` for each user of a chunk, and does it. Nothing is done and no row
+/// Records for a week what is `decided` for each user of a chunk, and does it. Nothing is done and no row
 /// comes back if another transaction has recorded this chunk meanwhile, or if a user was lost
 /// between the look and its lock.
 macro_rules! write_decided {
@@ -110,9 +110,9 @@ macro_rules! write_decided {
         concat!(
             ", chunk as (
     insert into import_chunks (key, fingerprint, outcomes, refused, expire_time)
-    select $1, $2, coalesce(array_agg(outcome order by position), '{}'), $3, now() + $5::integer * interval '1 day'
+    select $1, $2, coalesce(array_agg(outcome order by position), '{}'), $3, now() + interval '7 days'
     from decided
-    having count(*) = cardinality($6)
+    having count(*) = cardinality($4)
     on conflict (key) do update set
         fingerprint = excluded.fingerprint,
         outcomes = excluded.outcomes,
@@ -195,17 +195,13 @@ const OVERWRITE: &str = concat!(
     )
 );
 
-/// How long a chunk is remembered.
-const RECORD_DAYS: i32 = 7;
-/// How long a chunk waits for a lock.
-const LOCK_TIMEOUT: &str = "1s";
-
 /// Writes a chunk; `None` if it has to be looked at again.
 async fn write_once(db: &Db, chunk: &Chunk) -> Result<Option<pb::ImportUsersResponse>, Error> {
     let users: NewUsers<'_> = chunk.users.iter().collect();
     let rejected = pb::ImportUsersResponse { failures: chunk.rejected.clone(), ..Default::default() };
     let rejected = rejected.encode_to_vec();
-    let params = users.params([&chunk.key, &chunk.fingerprint, &rejected, &LOCK_TIMEOUT, &RECORD_DAYS]);
+    let record: [Param<'_>; 3] = [&chunk.key, &chunk.fingerprint, &rejected];
+    let params: Vec<_> = record.into_iter().chain(users.params()).collect();
     let sql = if chunk.mode == ImportMode::Overwrite { OVERWRITE } else { ADD };
     let rows = db.run(Access::Write, sql, &params).await?;
     rows.first().map(|row| ack(chunk, row)).transpose()

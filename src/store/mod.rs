@@ -5,6 +5,7 @@ pub mod dev_postgres;
 pub mod export;
 pub mod idempotency;
 pub mod import;
+pub mod items;
 pub mod list;
 pub mod lookup;
 pub mod migrate;

@@ -49,6 +49,9 @@ pub type Param<'a> = &'a (dyn ToSql + Sync);
 /// The parameters of a statement, `$1` first.
 pub type Params<'a> = &'a [Param<'a>];
 
+/// Whether what a statement wrote is committed, by the rows that it returns.
+pub(crate) type IsAccepted = fn(&[Row]) -> bool;
+
 /// The database as the rest of the service sees it: statements, each on a pooled connection, and
 /// connections for several statements.
 #[derive(Debug)]
@@ -126,15 +129,27 @@ impl Db {
         sql: &'static str,
         params: Params<'_>,
     ) -> Result<Vec<Row>, Error> {
+        self.run_if(access, sql, params, None).await
+    }
+
+    /// Runs a statement. What it writes is committed when this returns `Ok` with rows that
+    /// `is_accepted`, if that is given; otherwise it is rolled back.
+    pub(crate) async fn run_if(
+        &self,
+        access: Access,
+        sql: &'static str,
+        params: Params<'_>,
+        is_accepted: Option<IsAccepted>,
+    ) -> Result<Vec<Row>, Error> {
         let started = Instant::now();
         let mut connection = self.connection().await?;
         let wait = started.elapsed();
-        let mut result = connection.query(access, sql, params).await;
+        let mut result = connection.query(access, sql, params, is_accepted).await;
         if result.as_ref().is_err_and(is_stale_statement) {
             // The schema changed under the prepared statement, which has done nothing.
             let _ = connection.release(access, result);
             connection = self.connection().await?;
-            result = connection.query(access, sql, params).await;
+            result = connection.query(access, sql, params, is_accepted).await;
         }
         tracing::debug!(
             sql,
@@ -252,13 +267,19 @@ impl Connection<'_> {
         access: Access,
         sql: &str,
         params: Params<'_>,
+        is_accepted: Option<IsAccepted>,
     ) -> Result<Vec<Row>, tokio_postgres::Error> {
         let Some(client) = self.client_mut() else { return Ok(Vec::new()) };
-        if access == Access::DryRun {
+        let never: IsAccepted = |_| false;
+        let is_accepted = if access == Access::DryRun { Some(never) } else { is_accepted };
+        if let Some(is_accepted) = is_accepted {
             let transaction = client.transaction().await?;
             let statement = transaction.prepare_cached(sql).await?;
             let result = transaction.query(&statement, params).await;
-            transaction.rollback().await?;
+            match result.as_deref().is_ok_and(is_accepted) {
+                true => transaction.commit().await?,
+                false => transaction.rollback().await?,
+            }
             return result;
         }
         let statement = client.prepare_cached(sql).await?;

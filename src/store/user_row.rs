@@ -22,22 +22,11 @@ macro_rules! user_columns {
         "id, username, email, display_name, create_time, update_time, delete_time, purge_time, revision"
     };
 }
-/// The same columns of a row without a user.
-macro_rules! no_user {
-    () => {
-        "null, null, null, null, null, null, null, null, null"
-    };
-}
-/// The fields of the user in `c` that only an update changes, without the username.
-macro_rules! kept_fields {
-    () => {
-        "c.email, c.display_name"
-    };
-}
-pub(crate) use {kept_fields, no_user, user_columns};
+pub(crate) use user_columns;
 
 pub(crate) const ID: usize = 0;
 pub(crate) const CREATE_TIME: usize = 4;
+pub(crate) const REVISION: usize = 8;
 /// The first column behind them: what a statement says about the user.
 pub(crate) const USER_COLUMN_COUNT: usize = 9;
 
@@ -53,7 +42,7 @@ pub(crate) fn user_from_row(row: &Row) -> Result<pb::User, Error> {
             update_time: Some(row.try_get::<_, SystemTime>(5)?.into()),
             delete_time: row.try_get::<_, Option<SystemTime>>(6)?.map(Into::into),
             purge_time: row.try_get::<_, Option<SystemTime>>(7)?.map(Into::into),
-            revision: row.try_get(8)?,
+            revision: row.try_get(REVISION)?,
         })
     };
     read().map_err(unreadable)
@@ -88,7 +77,7 @@ const _: () = assert!(NORM_VERSION == 1);
 /// are those of the columns.
 macro_rules! new_user_arrays {
     () => {
-        "$6::uuid[], $7::boolean[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::bytea[]"
+        "$4::uuid[], $5::boolean[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], $11::bytea[]"
     };
 }
 macro_rules! new_user_fields {
@@ -121,10 +110,10 @@ pub(crate) use insert_users;
 /// Users to create, as arrays.
 #[derive(Default)]
 pub(crate) struct NewUsers<'a> {
-    pub(crate) ids: Vec<Uuid>,
+    ids: Vec<Uuid>,
     have_given_ids: Vec<bool>,
     usernames: Vec<&'a str>,
-    pub(crate) username_keys: Vec<&'a str>,
+    username_keys: Vec<&'a str>,
     emails: Vec<&'a str>,
     email_keys: Vec<&'a str>,
     display_names: Vec<&'a str>,
@@ -149,9 +138,9 @@ impl<'a> FromIterator<&'a NewUser> for NewUsers<'a> {
 }
 
 impl NewUsers<'_> {
-    /// The parameters of a statement: `$1` to `$5`, and behind them the arrays.
-    pub(crate) fn params<'p>(&'p self, first: [Param<'p>; 5]) -> Vec<Param<'p>> {
-        let arrays: [Param<'p>; 8] = [
+    /// The arrays, from `$4` on.
+    pub(crate) fn params(&self) -> [Param<'_>; 8] {
+        [
             &self.ids,
             &self.have_given_ids,
             &self.usernames,
@@ -160,8 +149,7 @@ impl NewUsers<'_> {
             &self.email_keys,
             &self.display_names,
             &self.fingerprint_salts,
-        ];
-        first.into_iter().chain(arrays).collect()
+        ]
     }
 }
 
@@ -169,59 +157,57 @@ impl NewUsers<'_> {
 /// keeps the stored value.
 macro_rules! patch_arrays {
     () => {
-        "$8::bigint[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::boolean[]"
+        "$4::uuid[], $5::bigint[], $6::text[], $7::text[], $8::text[]"
     };
 }
 macro_rules! patch_fields {
     () => {
-        "expected_revision, new_username, new_username_key, new_email, new_email_key, new_display_name,
-        release_username"
+        "user_id, expected_revision, new_email, new_email_key, new_display_name"
     };
 }
-/// Whether the patch in `i` changes the user in `c`.
+/// Whether the patch in `i` changes the user in `c`, apart from the username.
 macro_rules! has_changes {
     () => {
-        "(c.username, c.email, c.display_name) is distinct from (
-            coalesce(i.new_username, c.username), coalesce(i.new_email, c.email),
-            coalesce(i.new_display_name, c.display_name)
-        )"
+        "(c.email, c.display_name) is distinct from (
+                coalesce(i.new_email, c.email), coalesce(i.new_display_name, c.display_name)
+            )"
     };
 }
-/// The fields of the user in `c` with the patch in `i`. Both keys have to be new for the row
-/// to be of the current version.
-macro_rules! patched_fields {
+/// Writes the patch in `i` to the user in `c`, apart from the username.
+macro_rules! set_patch {
     () => {
-        concat!(
-            "coalesce(i.new_username, c.username) as username,
-        coalesce(i.new_username_key, c.username_key) as username_key,
-        coalesce(i.new_email, c.email) as email,
-        coalesce(i.new_email_key, c.email_key) as email_key,
-        coalesce(i.new_display_name, c.display_name) as display_name,
-        case when i.new_username_key is null or i.new_email_key is null
-            then least(c.norm_version, ",
-            $crate::store::user_row::norm_version!(),
-            ") else ",
-            $crate::store::user_row::norm_version!(),
-            " end as norm_version"
-        )
+        "email = coalesce(i.new_email, c.email), email_key = coalesce(i.new_email_key, c.email_key),
+        display_name = coalesce(i.new_display_name, c.display_name)"
     };
 }
-/// Writes the fields of the patched user in `p`.
-macro_rules! set_patched_fields {
+/// The parameters of [`Patches::rename_params`] and their names; they follow those above.
+macro_rules! rename_arrays {
     () => {
-        "username = p.username, username_key = p.username_key, email = p.email, email_key = p.email_key,
-        display_name = p.display_name, norm_version = p.norm_version"
+        "$9::text[], $10::text[], $11::boolean[]"
     };
 }
-pub(crate) use {has_changes, patch_arrays, patch_fields, patched_fields, set_patched_fields};
+macro_rules! rename_fields {
+    () => {
+        "new_username, new_username_key, release_username"
+    };
+}
+/// How many days a username is held.
+macro_rules! hold_days {
+    () => {
+        "$12::integer"
+    };
+}
+pub(crate) use {
+    has_changes, hold_days, patch_arrays, patch_fields, rename_arrays, rename_fields, set_patch,
+};
 
 /// Patches, as arrays.
 #[derive(Default)]
 pub(crate) struct Patches<'a> {
-    pub(crate) ids: Vec<Uuid>,
+    ids: Vec<Uuid>,
     expected_revisions: Vec<i64>,
     usernames: Vec<Option<&'a str>>,
-    pub(crate) username_keys: Vec<Option<&'a str>>,
+    username_keys: Vec<Option<&'a str>>,
     emails: Vec<Option<&'a str>>,
     email_keys: Vec<Option<&'a str>>,
     display_names: Vec<Option<&'a str>>,
@@ -246,16 +232,13 @@ impl<'a> FromIterator<&'a UserPatch> for Patches<'a> {
 }
 
 impl Patches<'_> {
-    /// The arrays, from `$8` on.
-    pub(crate) fn params(&self) -> [Param<'_>; 7] {
-        [
-            &self.expected_revisions,
-            &self.usernames,
-            &self.username_keys,
-            &self.emails,
-            &self.email_keys,
-            &self.display_names,
-            &self.release_usernames,
-        ]
+    /// The arrays, from `$4` on.
+    pub(crate) fn params(&self) -> [Param<'_>; 5] {
+        [&self.ids, &self.expected_revisions, &self.emails, &self.email_keys, &self.display_names]
+    }
+
+    /// Those of usernames.
+    pub(crate) fn rename_params(&self) -> [Param<'_>; 3] {
+        [&self.usernames, &self.username_keys, &self.release_usernames]
     }
 }

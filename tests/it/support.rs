@@ -423,6 +423,7 @@ pub struct Proxy {
     dir: TempDir,
     upstream: Database,
     is_holding: watch::Sender<bool>,
+    held_request: watch::Sender<Option<&'static str>>,
     cuts: watch::Sender<u32>,
 }
 
@@ -433,26 +434,29 @@ impl Proxy {
         let listener = UnixListener::bind(dir.path().join(".s.PGSQL.5432")).unwrap();
         let target = upstream.socket_dir.join(".s.PGSQL.5432");
         let (is_holding, holding) = watch::channel(false);
+        let (held_request, held) = watch::channel(None);
+        let hold = is_holding.clone();
         let (cuts, cut) = watch::channel(0);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let server = UnixStream::connect(&target).await.unwrap();
-                let (holding, mut cut) = (holding.clone(), cut.clone());
+                let (hold, holding, held, mut cut) =
+                    (hold.clone(), holding.clone(), held.clone(), cut.clone());
                 cut.mark_unchanged();
                 tokio::spawn(async move {
-                    let (mut from_client, to_client) = client.into_split();
-                    let (from_server, mut to_server) = server.into_split();
+                    let (from_client, to_client) = client.into_split();
+                    let (from_server, to_server) = server.into_split();
                     // A cut comes first, so that no held response gets through.
                     tokio::select! {
                         biased;
                         _ = cut.changed() => {}
-                        _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+                        () = forward_requests(from_client, to_server, held, hold) => {}
                         () = forward_responses(from_server, to_client, holding) => {}
                     }
                 });
             }
         });
-        Self { dir, upstream: upstream.clone(), is_holding, cuts }
+        Self { dir, upstream: upstream.clone(), is_holding, held_request, cuts }
     }
 
     /// The database as seen through the proxy.
@@ -465,8 +469,14 @@ impl Proxy {
         self.is_holding.send_replace(true);
     }
 
+    /// Holds all responses of the database from the one to this request on.
+    pub fn hold_responses_from(&self, request: &'static str) {
+        self.held_request.send_replace(Some(request));
+    }
+
     /// Forwards the held responses and all later ones.
     pub fn release_responses(&self) {
+        self.held_request.send_replace(None);
         self.is_holding.send_replace(false);
     }
 
@@ -474,6 +484,25 @@ impl Proxy {
     pub fn cut(&self) {
         self.cuts.send_modify(|n| *n += 1);
         self.release_responses();
+    }
+}
+
+async fn forward_requests(
+    mut from: tokio::net::unix::OwnedReadHalf,
+    mut to: tokio::net::unix::OwnedWriteHalf,
+    held: watch::Receiver<Option<&'static str>>,
+    hold: watch::Sender<bool>,
+) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        let is_held =
+            |request: &str| buffer[..n].windows(request.len()).any(|text| text == request.as_bytes());
+        if held.borrow().is_some_and(is_held) {
+            hold.send_replace(true);
+        }
+        if to.write_all(&buffer[..n]).await.is_err() {
+            return;
+        }
     }
 }
 

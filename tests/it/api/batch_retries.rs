@@ -234,7 +234,7 @@ async fn retry_resolves_the_outcome_of_a_batch_whose_connection_broke() {
     let server = Server::start(&proxy.database(), &[]).await;
     let mut client = server.client().await;
     let request = creates(100);
-    proxy.hold_responses();
+    proxy.hold_responses_from("COMMIT");
     let call = tokio::spawn({
         let (mut client, request) = (client.clone(), request.clone());
         async move { client.batch_create_users(request).await }
