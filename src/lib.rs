@@ -9,6 +9,7 @@
 //! model/request.rs       Create::parse         pure; all violations at once; always valid afterwards
 //! api/coalescer.rs       Coalescer::run        alone, or in a batch with requests that wait
 //! store/users.rs         create                the statement stands above the function that runs it
+//! store/items.rs         Items::run            which variant of it; what became of each request
 //! store/pool.rs          Db::run               a pooled connection: prepared, timed, released or closed
 //! store/user_row.rs      user_from_row         the only way from a row to a pb::User
 //! ```
@@ -33,7 +34,8 @@
 //! # Invariants
 //!
 //! - A change, of one user or of a thousand, is one statement: request id, rows of users and
-//!   change log are written together or not at all. Nothing is read first and written later.
+//!   change log are written together or not at all. Nothing is read first and written later. An
+//!   atomic batch is committed only if all of its items were done.
 //! - An acknowledged change is committed. A response to a change whose outcome is unknown says so.
 //! - A statement whose caller has left is cancelled, and its connection is closed.
 //! - Invalid input is rejected, never corrected. Errors do not echo it.

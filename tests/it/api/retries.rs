@@ -163,6 +163,36 @@ async fn reused_request_id_is_rejected_before_any_other_error() {
 }
 
 #[tokio::test]
+async fn request_id_of_an_erased_user_is_not_accepted_for_another_user() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let other = created(&mut client, "bob").await.id;
+    let removal = |id: &str, request_id: &str| pb::DeleteUserRequest {
+        request_id: request_id.into(),
+        allow_missing: true,
+        ..delete(id)
+    };
+    let batch = |id: &str, request_id: &str| pb::BatchDeleteUsersRequest {
+        request_id: request_id.into(),
+        items: vec![pb::BatchDeleteUsersItem { id: id.into(), allow_missing: true, ..Default::default() }],
+        ..Default::default()
+    };
+    let [lone_id, batch_id] = [new_request_id(), new_request_id()];
+    let erased = created(&mut client, "alice").await.id;
+    client.delete_user(removal(&erased, &lone_id)).await.unwrap();
+    client.batch_delete_users(batch(&erased, &batch_id)).await.unwrap();
+    client.expunge_user(expunge(&erased)).await.unwrap();
+
+    let response = client.delete_user(removal(&other, &lone_id)).await;
+    assert_rejected(response, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    let response = client.batch_delete_users(batch(&other, &batch_id)).await;
+    assert_rejected(response, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(client.get_user(by_id(&other)).await.unwrap().into_inner().user.unwrap().revision, 1);
+    client.delete_user(removal(&erased, &lone_id)).await.unwrap();
+    client.batch_delete_users(batch(&erased, &batch_id)).await.unwrap();
+}
+
+#[tokio::test]
 async fn retried_create_does_not_recreate_an_erased_user() {
     let (server, database) = server().await;
     let mut client = server.client().await;
