@@ -413,9 +413,6 @@ pub fn assert_rejected<T: std::fmt::Debug>(
     status
 }
 
-#[allow(unused_imports, reason = "docs/add-a-field.patch uses this name")]
-pub use assert_rejected as assert_refused;
-
 // ---------------------------------------------------------------------- proxy
 
 /// A proxy to the database that can hold responses and cut connections.

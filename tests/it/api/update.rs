@@ -13,7 +13,7 @@ fn update(user: pb::User, paths: &[&str]) -> pb::UpdateUserRequest {
 }
 
 #[tokio::test]
-async fn the_mask_says_what_is_written() {
+async fn mask_selects_what_is_written() {
     let (server, _) = server().await;
     let mut client = server.client().await;
     let old = created(&mut client, "alice").await;
