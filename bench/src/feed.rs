@@ -226,12 +226,10 @@ async fn run_batches(database: &Database) -> Result<[f64; 2]> {
             let display_names = texts(|n| format!("User {n}"));
             let [fingerprints, salts] = [32, 16].map(|length| vec![vec![0x5a_u8; length]; BATCH]);
             let no = vec![false; BATCH];
-            let parameters: [&(dyn ToSql + Sync); 13] = [
-                &false,
+            let parameters: [&(dyn ToSql + Sync); 11] = [
                 &None::<&str>,
                 &request_ids,
                 &fingerprints,
-                &vec![0_i16; BATCH],
                 &ids,
                 &no,
                 &names,
