@@ -16,7 +16,6 @@ use tonic_health::server::{HealthReporter, HealthService};
 use tonic_reflection::pb::{v1, v1alpha};
 
 use crate::api::coalescer::Limits;
-use crate::api::import::Imports;
 use crate::api::service::UserService;
 use crate::config::{Config, RequestCoalescing};
 use crate::feed::reader::Feed;
@@ -66,12 +65,11 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let db = Arc::new(db);
     let reporter = health::reporter().await;
     let statement_tasks = TaskTracker::new();
-    let imports = Imports::new(Arc::clone(&db), &config, statement_tasks.clone());
     let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
     let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
     let limits = coalescer_limits(&config);
     let users =
-        UserService::new(Arc::clone(&db), limits, &statement_tasks, imports, exports, Arc::clone(&feed));
+        UserService::new(Arc::clone(&db), &config, limits, &statement_tasks, exports, Arc::clone(&feed));
     let services = services(users, &reporter)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 

@@ -4,7 +4,8 @@
 //! runs at once, in its own task: an idle service never waits. A request that finds all slots
 //! taken is queued. When a slot is released while requests are queued, they are run together
 //! as one statement, up to a limit. So batches form only because requests wait anyway: the
-//! busier the service, the larger the batches. No request is delayed to fill a batch.
+//! busier the service, the larger the batches. No request is delayed to fill a batch. Connections
+//! take turns in the queue.
 //!
 //! A statement never waits for a locked row: a request that needs one leaves its batch, waits
 //! for the row in a statement of its own, and holds a *contended slot* meanwhile. A lock that
@@ -15,7 +16,7 @@
 //! requests fail.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::HashSet,
     future::Future,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -29,6 +30,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
+use crate::limits::{ConnectionId, FairQueue};
 use crate::store::items::{Locking, Outcome};
 
 /// Statements that may wait for locks at the same time, for each operation. A locked row can
@@ -94,7 +96,7 @@ pub struct Coalescer<O: Operation> {
 
 struct Queue<O: Operation> {
     slots_taken: usize,
-    requests: VecDeque<QueuedRequest<O>>,
+    requests: FairQueue<QueuedRequest<O>>,
 }
 
 struct QueuedRequest<O: Operation> {
@@ -127,14 +129,18 @@ struct Slot<O: Operation>(Arc<Coalescer<O>>);
 impl<O: Operation> Coalescer<O> {
     /// A coalescer. Its tasks are tracked by `tasks`.
     pub fn new(operation: O, limits: Limits, tasks: TaskTracker) -> Arc<Self> {
-        let queue = Mutex::new(Queue { slots_taken: 0, requests: VecDeque::new() });
+        let queue = Mutex::new(Queue { slots_taken: 0, requests: FairQueue::default() });
         let contended = Semaphore::new(MAX_CONTENDED);
         Arc::new(Self { operation, limits, tasks, queue, contended })
     }
 
-    /// Runs a request, alone or in a batch.
-    pub async fn run(self: &Arc<Self>, request: O::Request) -> Result<O::Response, Error> {
-        let step = match self.admit(request)? {
+    /// Runs a request of a connection, alone or in a batch.
+    pub async fn run(
+        self: &Arc<Self>,
+        connection: ConnectionId,
+        request: O::Request,
+    ) -> Result<O::Response, Error> {
+        let step = match self.admit(connection, request)? {
             Admission::Slot(request, slot) => NextStep::Run(request, slot),
             // A statement that panics responds to no request.
             Admission::Queued(step) => step.await.map_err(|_| Error::Internal)?,
@@ -181,17 +187,18 @@ impl<O: Operation> Coalescer<O> {
         }
     }
 
-    fn admit(self: &Arc<Self>, request: O::Request) -> Result<Admission<O>, Error> {
+    fn admit(self: &Arc<Self>, connection: ConnectionId, request: O::Request) -> Result<Admission<O>, Error> {
         let mut queue = self.queue();
         if queue.slots_taken < self.limits.max_in_flight {
             queue.slots_taken += 1;
             return Ok(Admission::Slot(request, Slot(Arc::clone(self))));
         }
         if queue.requests.len() >= self.limits.max_queued {
-            return Err(Error::Overloaded);
+            let displaced = queue.requests.displace(connection).ok_or(Error::Overloaded)?;
+            drop(displaced.caller.send(NextStep::Return(Err(Error::Overloaded))));
         }
         let (caller, step) = oneshot::channel();
-        queue.requests.push_back(QueuedRequest { request, caller });
+        queue.requests.push(connection, QueuedRequest { request, caller });
         Ok(Admission::Queued(step))
     }
 
@@ -202,7 +209,7 @@ impl<O: Operation> Coalescer<O> {
         let (mut requests, mut callers) = (Vec::new(), Vec::new());
         let (mut keys, mut skipped) = (HashSet::new(), Vec::new());
         while requests.len() < self.limits.max_batch {
-            let Some(next) = queue.requests.pop_front() else { break };
+            let Some((connection, next)) = queue.requests.pop() else { break };
             if next.caller.is_closed() {
                 continue;
             }
@@ -213,7 +220,7 @@ impl<O: Operation> Coalescer<O> {
                 BatchPolicy::UniqueKeys(own) => !own.iter().flatten().any(|key| keys.contains(key)),
             };
             if !may_join {
-                skipped.push(next);
+                skipped.push((connection, next));
                 continue;
             }
             if let BatchPolicy::UniqueKeys(own) = policy {
@@ -225,8 +232,8 @@ impl<O: Operation> Coalescer<O> {
                 break;
             }
         }
-        for request in skipped.into_iter().rev() {
-            queue.requests.push_front(request);
+        for (connection, request) in skipped.into_iter().rev() {
+            queue.requests.put_back(connection, request);
         }
         (requests, callers)
     }
@@ -380,7 +387,7 @@ mod tests {
             .into_iter()
             .map(|request| {
                 let coalescer = Arc::clone(coalescer);
-                tokio::spawn(async move { coalescer.run(request).await })
+                tokio::spawn(async move { coalescer.run(ConnectionId(0), request).await })
             })
             .collect();
         tokio::task::yield_now().await;
@@ -475,7 +482,7 @@ mod tests {
         let coalescer = coalescer(8, None);
         let slow = tokio::spawn({
             let coalescer = Arc::clone(&coalescer);
-            async move { coalescer.run(0).await }
+            async move { coalescer.run(ConnectionId(0), 0).await }
         });
         tokio::task::yield_now().await;
         time::sleep(SLOT_HOLD_MAX * 2).await;
@@ -489,7 +496,7 @@ mod tests {
         let coalescer = coalescer(8, None);
         let spawn = |request| {
             let coalescer = Arc::clone(&coalescer);
-            tokio::spawn(async move { coalescer.run(request).await })
+            tokio::spawn(async move { coalescer.run(ConnectionId(0), request).await })
         };
         let (first, second, third, fourth) = (spawn(0), spawn(2), spawn(4), spawn(6));
         tokio::task::yield_now().await;

@@ -6,15 +6,12 @@ use futures_util::{
     StreamExt,
     stream::{self, BoxStream, Fuse, FuturesOrdered},
 };
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time,
-};
+use tokio::{sync::OwnedSemaphorePermit, time};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::limits::StreamLimiter;
+use crate::limits::{ConnectionId, FairLimiter, StreamLimiter};
 use crate::model::stream::Chunk;
 use crate::pb;
 use crate::store::import;
@@ -27,30 +24,31 @@ const IN_FLIGHT: usize = 2;
 pub struct Imports {
     db: Arc<Db>,
     limiter: StreamLimiter,
-    /// All imports together use at most half of the pool's connections.
-    write_permits: Arc<Semaphore>,
+    uncoalesced: Arc<FairLimiter>,
     idle_timeout: Duration,
     tasks: TaskTracker,
 }
 
 impl Imports {
-    /// No imports yet. `tasks` tracks the tasks that write their chunks.
-    pub fn new(db: Arc<Db>, config: &Config, tasks: TaskTracker) -> Self {
+    /// No imports yet. Each chunk takes a permit of `uncoalesced`. `tasks` tracks the tasks that write
+    /// chunks.
+    pub fn new(db: Arc<Db>, config: &Config, uncoalesced: Arc<FairLimiter>, tasks: TaskTracker) -> Self {
         let limiter = StreamLimiter::new("imports", config.max_imports);
-        let write_permits = Arc::new(Semaphore::new(config.pool_size.div_ceil(2)));
         let idle_timeout = Duration::from_millis(config.import_idle_timeout_ms);
-        Self { db, limiter, write_permits, idle_timeout, tasks }
+        Self { db, limiter, uncoalesced, idle_timeout, tasks }
     }
 
     /// Writes chunks and acknowledges each, in their order; the first error ends the import.
     /// While chunks are being written, only the next one is read.
     pub fn run(
         &self,
+        connection: ConnectionId,
         chunks: BoxStream<'static, Result<Chunk, Error>>,
     ) -> Result<BoxStream<'static, Result<pb::ImportUsersResponse, Error>>, Error> {
         let import = Import {
             db: Arc::clone(&self.db),
-            write_permits: Arc::clone(&self.write_permits),
+            connection,
+            uncoalesced: Arc::clone(&self.uncoalesced),
             idle_timeout: self.idle_timeout,
             tasks: self.tasks.clone(),
             chunks: chunks.fuse(),
@@ -69,7 +67,8 @@ impl Imports {
 /// A running import.
 struct Import {
     db: Arc<Db>,
-    write_permits: Arc<Semaphore>,
+    connection: ConnectionId,
+    uncoalesced: Arc<FairLimiter>,
     /// How long the client may be silent: it holds one of few permits.
     idle_timeout: Duration,
     tasks: TaskTracker,
@@ -114,9 +113,10 @@ impl Import {
             && let Ok(chunk) = chunk.map(Arc::new)
         {
             self.written.push_back(Arc::clone(&chunk));
-            let (db, permits) = (Arc::clone(&self.db), Arc::clone(&self.write_permits));
+            let (db, uncoalesced, connection) =
+                (Arc::clone(&self.db), Arc::clone(&self.uncoalesced), self.connection);
             let task = self.tasks.spawn(async move {
-                let _permit = permits.acquire().await;
+                let _permit = uncoalesced.acquire(connection).await?;
                 import::write(&db, &chunk).await
             });
             self.writing.push_back(AbortOnDropHandle::new(task));

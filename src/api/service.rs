@@ -9,9 +9,11 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::api::coalescer::{Coalescer, Limits};
 use crate::api::import::Imports;
 use crate::api::operations::{CreateOne, DeleteOne, Get, UpdateOne};
+use crate::config::Config;
 use crate::error::Error;
 use crate::feed::reader::Feed;
 use crate::feed::watcher::Watcher;
+use crate::limits::{ConnectionId, FairLimiter};
 use crate::model::batch::{Batch, Lookup};
 use crate::model::names::Username;
 use crate::model::request::{Create, Delete, Expunge, List, Undelete, Update};
@@ -32,6 +34,8 @@ pub struct UserService {
     creates: Arc<Coalescer<CreateOne>>,
     updates: Arc<Coalescer<UpdateOne>>,
     deletes: Arc<Coalescer<DeleteOne>>,
+    /// Limits the requests that are not coalesced. They leave half of the pool to the others.
+    uncoalesced: Arc<FairLimiter>,
     imports: Imports,
     exports: Exports,
 }
@@ -40,14 +44,16 @@ impl UserService {
     /// The service on this database. `limits` are those of each coalescer.
     pub fn new(
         db: Arc<Db>,
+        config: &Config,
         limits: Limits,
         tasks: &TaskTracker,
-        imports: Imports,
         exports: Exports,
         feed: Arc<Feed>,
     ) -> Self {
+        let uncoalesced = FairLimiter::new(config.pool_size.div_ceil(2), limits.max_queued);
         Self {
-            imports,
+            imports: Imports::new(Arc::clone(&db), config, Arc::clone(&uncoalesced), tasks.clone()),
+            uncoalesced,
             exports,
             gets: Coalescer::new(Get(Arc::clone(&db)), limits, tasks.clone()),
             creates: Coalescer::new(CreateOne(Arc::clone(&db)), limits, tasks.clone()),
@@ -60,10 +66,15 @@ impl UserService {
 
     /// Changes a user, or creates it if there is none. A user that another request creates in
     /// between is there to be changed, so a conflict is a reason to try that once more.
-    async fn upsert(&self, update: Update, user: Result<NewUser, Error>) -> Result<pb::User, Error> {
+    async fn upsert(
+        &self,
+        connection: ConnectionId,
+        update: Update,
+        user: Result<NewUser, Error>,
+    ) -> Result<pb::User, Error> {
         let mut conflict = None;
         loop {
-            match self.updates.run(update.clone()).await {
+            match self.updates.run(connection, update.clone()).await {
                 Err(Error::UserNotFound { .. }) => {}
                 updated => return updated,
             }
@@ -71,12 +82,18 @@ impl UserService {
                 return Err(conflict);
             }
             let (request_id, validate_only) = (update.request_id.clone(), update.validate_only);
-            match self.creates.run(Create { user: user.clone()?, request_id, validate_only }).await {
+            let create = Create { user: user.clone()?, request_id, validate_only };
+            match self.creates.run(connection, create).await {
                 Err(error @ (Error::UserIdTaken | Error::UsernameTaken { .. })) => conflict = Some(error),
                 created => return created,
             }
         }
     }
+}
+
+/// The connection that a request came on.
+fn connection_of<T>(request: &Request<T>) -> ConnectionId {
+    request.extensions().get().copied().unwrap_or_default()
 }
 
 type RpcResult<T> = Result<Response<T>, Status>;
@@ -88,16 +105,21 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::CreateUserRequest>,
     ) -> RpcResult<pb::CreateUserResponse> {
+        let connection = connection_of(&request);
         let create = Create::parse(request.into_inner())?;
-        let user = self.creates.run(create).await?;
+        let user = self.creates.run(connection, create).await?;
         Ok(Response::new(pb::CreateUserResponse { user: Some(user) }))
     }
 
     async fn get_user(&self, request: Request<pb::GetUserRequest>) -> RpcResult<pb::GetUserResponse> {
+        let connection = connection_of(&request);
         let pb::GetUserRequest { key, if_revision_not } = request.into_inner();
         let user = match UserKey::parse(key)? {
-            UserKey::Email(email) => lookup::get_by_email(&self.db, email).await?,
-            key => self.gets.run(key).await?,
+            UserKey::Email(email) => {
+                let _permit = self.uncoalesced.acquire(connection).await?;
+                lookup::get_by_email(&self.db, email).await?
+            }
+            key => self.gets.run(connection, key).await?,
         };
         let not_modified = user.revision == if_revision_not;
         let user = (!not_modified).then_some(user);
@@ -108,10 +130,11 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::UpdateUserRequest>,
     ) -> RpcResult<pb::UpdateUserResponse> {
+        let connection = connection_of(&request);
         let mut update = Update::parse(request.into_inner())?;
         let user = match update.or_create.take() {
-            Some(user) => self.upsert(update, user).await?,
-            None => self.updates.run(update).await?,
+            Some(user) => self.upsert(connection, update, user).await?,
+            None => self.updates.run(connection, update).await?,
         };
         Ok(Response::new(pb::UpdateUserResponse { user: Some(user) }))
     }
@@ -120,8 +143,9 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::DeleteUserRequest>,
     ) -> RpcResult<pb::DeleteUserResponse> {
+        let connection = connection_of(&request);
         let delete = Delete::parse(request.into_inner())?;
-        let user = self.deletes.run(delete).await?;
+        let user = self.deletes.run(connection, delete).await?;
         Ok(Response::new(pb::DeleteUserResponse { user }))
     }
 
@@ -129,6 +153,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::UndeleteUserRequest>,
     ) -> RpcResult<pb::UndeleteUserResponse> {
+        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let undelete = Undelete::parse(request.into_inner())?;
         let user = users::undelete(&self.db, &undelete).await?;
         Ok(Response::new(pb::UndeleteUserResponse { user: Some(user) }))
@@ -138,12 +163,14 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::ExpungeUserRequest>,
     ) -> RpcResult<pb::ExpungeUserResponse> {
+        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let expunge = Expunge::parse(request.into_inner())?;
         let expunge_time = users::expunge(&self.db, &expunge).await?;
         Ok(Response::new(pb::ExpungeUserResponse { user_id: expunge.id.to_string(), expunge_time }))
     }
 
     async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> RpcResult<pb::ListUsersResponse> {
+        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let request = List::parse(request.get_ref())?;
         Ok(Response::new(list::list(&self.db, &request).await?))
     }
@@ -152,6 +179,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::LookupUsersRequest>,
     ) -> RpcResult<pb::LookupUsersResponse> {
+        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let lookup = Lookup::parse(request.into_inner())?;
         let results = lookup::lookup(&self.db, &lookup).await?;
         Ok(Response::new(pb::LookupUsersResponse { results }))
@@ -161,6 +189,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchCreateUsersRequest>,
     ) -> RpcResult<pb::BatchCreateUsersResponse> {
+        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let batch = Batch::<NewUser>::parse(request.into_inner())?;
         let users = users::create_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchCreateUsersResponse { users }))
@@ -170,6 +199,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchUpdateUsersRequest>,
     ) -> RpcResult<pb::BatchUpdateUsersResponse> {
+        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let batch = Batch::<UserPatch>::parse(request.into_inner())?;
         let users = users::update_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchUpdateUsersResponse { users }))
@@ -179,6 +209,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchDeleteUsersRequest>,
     ) -> RpcResult<pb::BatchDeleteUsersResponse> {
+        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let batch = Batch::<Removal>::parse(request.into_inner())?;
         let users = users::delete_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchDeleteUsersResponse { users }))
@@ -188,6 +219,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::CheckUsernameRequest>,
     ) -> RpcResult<pb::CheckUsernameResponse> {
+        let connection = connection_of(&request);
         let username = request.into_inner().username;
         if username.is_empty() {
             return Err(Error::invalid("username", Reason::FieldRequired, "is required").into());
@@ -196,6 +228,7 @@ impl pb::user_service_server::UserService for UserService {
             let reason = Reason::UsernameInvalid.into();
             return Ok(Response::new(pb::CheckUsernameResponse { reason, ..Default::default() }));
         };
+        let _permit = self.uncoalesced.acquire(connection).await?;
         let holder = users::username_holder(&self.db, &username).await?;
         Ok(Response::new(pb::CheckUsernameResponse {
             available: holder.is_none(),
@@ -211,10 +244,11 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<Streaming<pb::ImportUsersRequest>>,
     ) -> RpcResult<Self::ImportUsersStream> {
+        let connection = connection_of(&request);
         let chunks = request
             .into_inner()
             .map(|message| Chunk::parse(message.map_err(|status| Error::of_message(&status))?));
-        let acks = self.imports.run(chunks.boxed())?;
+        let acks = self.imports.run(connection, chunks.boxed())?;
         Ok(Response::new(acks.map_err(Status::from).boxed()))
     }
 

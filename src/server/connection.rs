@@ -5,7 +5,10 @@ use std::{
     hash::{BuildHasher, RandomState},
     io,
     pin::pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,6 +18,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpStream, time};
 use tokio_util::sync::CancellationToken;
 
+use crate::limits::ConnectionId;
 use crate::server::dispatch::Dispatcher;
 use crate::server::executor::{ConnectionExecutor, with_executor};
 
@@ -47,6 +51,8 @@ pub(super) struct ConnectionContext {
     pub(super) max_streams: Option<u32>,
     pub(super) max_age: Duration,
     pub(super) shutdown: CancellationToken,
+    /// The number of the next connection.
+    pub(super) next_id: AtomicU64,
 }
 
 /// Serves a connection together with its requests, in the caller's task.
@@ -67,8 +73,11 @@ async fn serve_http2(stream: TcpStream, executor: ConnectionExecutor, context: A
     // Nagle's algorithm would hold back a small response until the previous one is
     // acknowledged.
     let _ = stream.set_nodelay(true);
-    let service =
-        service_fn(|request| Arc::clone(&context.dispatcher).handle(request).map(Ok::<_, Infallible>));
+    let id = ConnectionId(context.next_id.fetch_add(1, Ordering::Relaxed));
+    let service = service_fn(|mut request| {
+        request.extensions_mut().insert(id);
+        Arc::clone(&context.dispatcher).handle(request).map(Ok::<_, Infallible>)
+    });
     let mut http = http2::Builder::new(executor);
     http.timer(TokioTimer::new())
         .auto_date_header(false)

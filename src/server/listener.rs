@@ -1,6 +1,9 @@
 //! The accept loop: connection limit, and shutdown with a grace period.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet, time};
 use tokio_util::sync::CancellationToken;
@@ -30,6 +33,7 @@ pub async fn serve(
         max_streams: u32::try_from(config.max_streams_per_connection).ok(),
         max_age: Duration::from_millis(config.max_connection_age_ms),
         shutdown: shutdown.clone(),
+        next_id: AtomicU64::new(1),
     });
     let permits = Arc::new(Semaphore::new(config.max_connections));
     let mut connections = JoinSet::new();

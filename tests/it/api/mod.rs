@@ -9,6 +9,7 @@ mod contract;
 mod create;
 mod delete;
 mod export;
+mod fairness;
 pub mod import;
 mod import_streams;
 mod invalid_input;
