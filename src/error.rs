@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    io,
     time::Duration,
 };
 
@@ -160,7 +161,9 @@ impl Error {
             Access::Write => Self::OutcomeUnknown,
         };
         let Some(rejection) = error.as_db_error() else {
-            return lost;
+            let is_io = std::error::Error::source(error).is_some_and(|source| source.is::<io::Error>());
+            // The driver rejects parameters that do not fit the statement.
+            return if is_io || error.is_closed() { lost } else { Self::Internal };
         };
         match (rejection.code(), rejection.constraint()) {
             (&SqlState::UNIQUE_VIOLATION, Some("users_username_key")) => {

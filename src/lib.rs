@@ -50,9 +50,14 @@
 //!
 //! # Absent on purpose
 //!
-//! A repository layer, traits with one implementation, mocks, DTOs, `utils`, `OFFSET`,
-//! `COUNT(*)`, `LISTEN`/`NOTIFY` on the path of a write, requests that wait for a timer. The
-//! reasons are in `docs/decisions/`.
+//! - A repository layer, DTOs, traits with one implementation: a statement has one caller, and
+//!   the protobuf messages are the types that every layer needs.
+//! - Mocks: tests run the real server on a real PostgreSQL.
+//! - `OFFSET` and `COUNT(*)`: both read every row that they skip or count.
+//! - `LISTEN`/`NOTIFY` on the path of a write: it takes a lock of the whole database at commit.
+//! - Requests that wait for a timer in order to fill a batch.
+//!
+//! `docs/decisions/` has the choices that need more than a sentence.
 
 pub mod api;
 pub mod app;

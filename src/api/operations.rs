@@ -105,8 +105,7 @@ impl Operation for DeleteOne {
 }
 
 /// A change that is rolled back runs alone, and so does a rename, which locks usernames too. Two
-/// requests with the same request id, user or
-/// username would conflict within one statement.
+/// requests with the same request id, user or username would conflict within one statement.
 fn policy(
     is_alone: bool,
     request_id: &RequestId,

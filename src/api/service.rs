@@ -1,6 +1,6 @@
 //! The rpcs: one function each, which parses the request, runs it and responds.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 use futures_util::{StreamExt, TryStreamExt, stream::BoxStream};
 use tokio_util::task::TaskTracker;
@@ -19,6 +19,7 @@ use crate::model::names::Username;
 use crate::model::request::{Create, Delete, Expunge, List, Undelete, Update};
 use crate::model::stream::{Chunk, Export, Watch};
 use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
+use crate::model::view::View;
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 use crate::pb::codec::Encoded;
@@ -89,6 +90,10 @@ impl UserService {
             }
         }
     }
+}
+
+fn with_view(view: View, users: Vec<pb::User>) -> Vec<pb::User> {
+    users.into_iter().map(|user| view.of(user)).collect()
 }
 
 /// The connection that a request came on.
@@ -181,7 +186,10 @@ impl pb::user_service_server::UserService for UserService {
     ) -> RpcResult<pb::LookupUsersResponse> {
         let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let lookup = Lookup::parse(request.into_inner())?;
-        let results = lookup::lookup(&self.db, &lookup).await?;
+        let mut results = lookup::lookup(&self.db, &lookup).await?;
+        for result in &mut results {
+            result.users = with_view(lookup.view, mem::take(&mut result.users));
+        }
         Ok(Response::new(pb::LookupUsersResponse { results }))
     }
 
@@ -192,7 +200,7 @@ impl pb::user_service_server::UserService for UserService {
         let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let batch = Batch::<NewUser>::parse(request.into_inner())?;
         let users = users::create_batch(&self.db, &batch).await?;
-        Ok(Response::new(pb::BatchCreateUsersResponse { users }))
+        Ok(Response::new(pb::BatchCreateUsersResponse { users: with_view(batch.view, users) }))
     }
 
     async fn batch_update_users(
@@ -202,7 +210,7 @@ impl pb::user_service_server::UserService for UserService {
         let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let batch = Batch::<UserPatch>::parse(request.into_inner())?;
         let users = users::update_batch(&self.db, &batch).await?;
-        Ok(Response::new(pb::BatchUpdateUsersResponse { users }))
+        Ok(Response::new(pb::BatchUpdateUsersResponse { users: with_view(batch.view, users) }))
     }
 
     async fn batch_delete_users(
@@ -212,7 +220,7 @@ impl pb::user_service_server::UserService for UserService {
         let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
         let batch = Batch::<Removal>::parse(request.into_inner())?;
         let users = users::delete_batch(&self.db, &batch).await?;
-        Ok(Response::new(pb::BatchDeleteUsersResponse { users }))
+        Ok(Response::new(pb::BatchDeleteUsersResponse { users: with_view(batch.view, users) }))
     }
 
     async fn check_username(

@@ -9,6 +9,7 @@ use crate::model::fields::Fields;
 use crate::model::fields::RequestId;
 use crate::model::request::take_request_id;
 use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
+use crate::model::view::View;
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 
@@ -23,6 +24,8 @@ pub struct Batch<T> {
     pub request_id: RequestId,
     /// Roll back.
     pub validate_only: bool,
+    /// Of the users in the response.
+    pub view: View,
 }
 
 /// [`pb::LookupUsersRequest`].
@@ -32,6 +35,8 @@ pub struct Lookup {
     pub keys: Vec<UserKey>,
     /// Find soft-deleted users too.
     pub include_deleted: bool,
+    /// Of the users in the response.
+    pub view: View,
 }
 
 impl Lookup {
@@ -39,8 +44,8 @@ impl Lookup {
     pub fn parse(request: pb::LookupUsersRequest) -> Result<Self, Error> {
         use pb::user_key::Key;
         let mut fields = Fields::default();
-        fields.view(request.view);
-        let keys = fields.each("keys", request.keys, |fields, key| match key.key {
+        let view = fields.view(request.view);
+        let keys = fields.each("keys", view, request.keys, |fields, key| match key.key {
             Some(Key::Id(id)) => fields.id("id", &id).map(UserKey::Id),
             Some(Key::Username(username)) => fields.username("username", &username).map(UserKey::Username),
             Some(Key::Email(email)) => fields.email("email", &email).map(UserKey::Email),
@@ -51,7 +56,7 @@ impl Lookup {
         let canonical = keys.iter().map(|key| key.as_ref().map(UserKey::canonical));
         reject_repeated(&mut fields, "keys", "key", "another key has this canonical form, too", canonical);
         let keys = fields.finish(keys.into_iter().collect())?;
-        Ok(Self { keys, include_deleted: request.include_deleted })
+        Ok(Self { keys, include_deleted: request.include_deleted, view })
     }
 }
 
@@ -59,15 +64,15 @@ impl Batch<NewUser> {
     /// Parses the request.
     pub fn parse(mut request: pb::BatchCreateUsersRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        fields.view(mem::take(&mut request.view));
+        let view = fields.view(mem::take(&mut request.view));
         let (request_id, validate_only) = take_request_id!(fields, "BatchCreateUsers", request);
-        let items = fields.each("items", request.items, |fields, item| {
+        let items = fields.each("items", view, request.items, |fields, item| {
             let user = fields.user(item.user)?;
             NewUser::parse(fields, user)
         });
         let items = items.into_iter().collect::<Option<_>>();
         let (items, request_id) = fields.finish(items.zip(request_id))?;
-        Ok(Self { items, request_id, validate_only })
+        Ok(Self { items, request_id, validate_only, view })
     }
 }
 
@@ -75,9 +80,9 @@ impl Batch<UserPatch> {
     /// Parses the request.
     pub fn parse(mut request: pb::BatchUpdateUsersRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        fields.view(mem::take(&mut request.view));
+        let view = fields.view(mem::take(&mut request.view));
         let (request_id, validate_only) = take_request_id!(fields, "BatchUpdateUsers", request);
-        let items = fields.each("items", request.items, |fields, item| {
+        let items = fields.each("items", view, request.items, |fields, item| {
             UserPatch::parse(fields, item.user, item.update_mask, item.release_username)
         });
         reject_repeated(
@@ -88,7 +93,7 @@ impl Batch<UserPatch> {
             items.iter().map(|patch| non_nil(patch.id)),
         );
         let request_id = fields.finish(request_id)?;
-        Ok(Self { items, request_id, validate_only })
+        Ok(Self { items, request_id, validate_only, view })
     }
 }
 
@@ -96,9 +101,9 @@ impl Batch<Removal> {
     /// Parses the request.
     pub fn parse(mut request: pb::BatchDeleteUsersRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
-        fields.view(mem::take(&mut request.view));
+        let view = fields.view(mem::take(&mut request.view));
         let (request_id, validate_only) = take_request_id!(fields, "BatchDeleteUsers", request);
-        let items = fields.each("items", request.items, |fields, item| Removal {
+        let items = fields.each("items", view, request.items, |fields, item| Removal {
             id: fields.id("id", &item.id).unwrap_or_default(),
             expected_revision: fields.revision("revision", item.revision).unwrap_or_default(),
             allow_missing: item.allow_missing,
@@ -106,7 +111,7 @@ impl Batch<Removal> {
         });
         reject_repeated(&mut fields, "items", "id", SAME_ID, items.iter().map(|item| non_nil(item.id)));
         let request_id = fields.finish(request_id)?;
-        Ok(Self { items, request_id, validate_only })
+        Ok(Self { items, request_id, validate_only, view })
     }
 }
 

@@ -10,11 +10,14 @@ use uuid::Uuid;
 use crate::error::{Element, Error, Violation};
 use crate::model::names::{self, Email, KeyRange, Username};
 use crate::model::page::{Key, Order, Position, Selection};
+use crate::model::view::View;
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 
 /// The largest number of elements of a list in a request.
 const BATCH_SIZE_MAX: usize = 1000;
+/// The same with [`View::Full`], so that a response fits into 4 MiB however large users become.
+const FULL_BATCH_SIZE_MAX: usize = 100;
 
 /// What makes a retry safe: the caller's id for the change, and a fingerprint of the change.
 /// Without an id, nothing is recorded.
@@ -50,14 +53,16 @@ impl Fields {
     pub(super) fn each<I, T>(
         &mut self,
         list: &'static str,
+        view: View,
         elements: Vec<I>,
         mut parse: impl FnMut(&mut Self, I) -> T,
     ) -> Vec<T> {
         if elements.is_empty() {
             self.reject::<()>(list, Reason::FieldRequired, "is required");
         }
-        if elements.len() > BATCH_SIZE_MAX {
-            self.reject::<()>(list, Reason::BatchTooLarge, format!("may have at most {BATCH_SIZE_MAX}"));
+        let max = if view == View::Full { FULL_BATCH_SIZE_MAX } else { BATCH_SIZE_MAX };
+        if elements.len() > max {
+            self.reject::<()>(list, Reason::BatchTooLarge, format!("may have at most {max} with this view"));
             return Vec::new();
         }
         let mut parsed = Vec::with_capacity(elements.len());
@@ -135,10 +140,15 @@ impl Fields {
         Some(revision)
     }
 
-    /// Every view has all fields that there are today; a later version adds some to FULL only.
-    pub(super) fn view(&mut self, view: i32) -> Option<pb::UserView> {
-        let view = pb::UserView::try_from(view);
-        view.map_or_else(|_| self.reject("view", Reason::FieldInvalid, "is not a view"), Some)
+    pub(super) fn view(&mut self, view: i32) -> View {
+        match pb::UserView::try_from(view) {
+            Ok(pb::UserView::Full) => View::Full,
+            Ok(pb::UserView::Unspecified | pb::UserView::Basic) => View::Basic,
+            Err(_) => {
+                self.reject::<()>("view", Reason::FieldInvalid, "is not a view");
+                View::Basic
+            }
+        }
     }
 
     pub(super) fn order_by(&mut self, request: &pb::ListUsersRequest) -> Option<Order> {

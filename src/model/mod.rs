@@ -9,3 +9,4 @@ pub mod request;
 pub mod stream;
 pub mod token;
 pub mod user;
+pub mod view;

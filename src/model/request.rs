@@ -11,6 +11,7 @@ use crate::model::fields::{Fields, is_unfiltered};
 use crate::model::names::Username;
 use crate::model::page::Page;
 use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
+use crate::model::view::View;
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
 
@@ -193,6 +194,8 @@ pub struct List {
     pub page: Page,
     /// The list has all users, or all live ones.
     pub is_unfiltered: bool,
+    /// Of the users in the response.
+    pub view: View,
 }
 
 impl List {
@@ -209,14 +212,14 @@ impl List {
         let filter = request.filter.clone().unwrap_or_default();
         let is_unfiltered = is_unfiltered(&filter);
         let selection = order.and_then(|order| fields.selection(order, filter));
-        let ((size, selection), _) = fields.finish(size.zip(selection).zip(view))?;
+        let (size, selection) = fields.finish(size.zip(selection))?;
         if request.page_token.is_empty() {
-            return Ok(Self { page: selection.first_page(size), is_unfiltered });
+            return Ok(Self { page: selection.first_page(size), is_unfiltered, view });
         }
         let page = selection.page_after(&request.page_token, size).ok_or_else(|| {
             let what = "is not a token of a list with this order and filter";
             Error::invalid("page_token", Reason::PageTokenInvalid, what)
         })?;
-        Ok(Self { page, is_unfiltered })
+        Ok(Self { page, is_unfiltered, view })
     }
 }

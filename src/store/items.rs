@@ -76,6 +76,7 @@ impl Item for NewUser {
     }
 }
 
+/// Requests that give the id of their user.
 macro_rules! has_id {
     ($($item:ty),+) => {
         $(impl Item for $item {

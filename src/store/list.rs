@@ -86,7 +86,10 @@ const BEGINNING: &str = concat!(
 const PAGE_MAX_BYTES: usize = 1024 * 1024;
 
 /// Returns a page.
-pub async fn list(db: &Db, List { page, is_unfiltered }: &List) -> Result<pb::ListUsersResponse, Error> {
+pub async fn list(
+    db: &Db,
+    List { page, is_unfiltered, view }: &List,
+) -> Result<pb::ListUsersResponse, Error> {
     let mut response = pb::ListUsersResponse::default();
     // Read before the users: a watch may send a change again, but must not miss one.
     if page.is_first
@@ -98,7 +101,8 @@ pub async fn list(db: &Db, List { page, is_unfiltered }: &List) -> Result<pb::Li
         }
     }
     let (rows, mut is_last) = walk(db, page).await?;
-    response.users = rows.iter().map(user_from_row).collect::<Result<_, _>>()?;
+    response.users =
+        rows.iter().map(|row| user_from_row(row).map(|user| view.of(user))).collect::<Result<_, _>>()?;
     let len = page_len(response.users.iter().map(Message::encoded_len));
     is_last &= len == rows.len();
     response.users.truncate(len);

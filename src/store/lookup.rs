@@ -6,6 +6,7 @@ use crate::error::{Access, Error};
 use crate::model::batch::Lookup;
 use crate::model::names::Email;
 use crate::model::user::{CanonicalKey, UserKey};
+use crate::model::view::View;
 use crate::pb;
 use crate::store::pool::Db;
 use crate::store::user_row::{ID, USER_COLUMN_COUNT, column, user_columns, user_from_row};
@@ -66,7 +67,7 @@ pub async fn get(db: &Db, keys: &[UserKey]) -> Result<Vec<Result<pb::User, Error
 /// Returns the only live user with this e-mail address.
 pub async fn get_by_email(db: &Db, email: Email) -> Result<pb::User, Error> {
     let name = email.as_entered().to_owned();
-    let request = Lookup { keys: vec![UserKey::Email(email)], include_deleted: false };
+    let request = Lookup { keys: vec![UserKey::Email(email)], include_deleted: false, view: View::Full };
     let users = lookup(db, &request).await?.into_iter().next().unwrap_or_default().users;
     match <[pb::User; 1]>::try_from(users) {
         Ok([user]) => Ok(user),

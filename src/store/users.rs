@@ -6,6 +6,9 @@
 //! newer than the request. What a concurrent transaction does between the snapshot and the
 //! write makes the item [`Outcome::Locked`] or violates a constraint; then the statement runs
 //! again and sees it.
+//!
+//! The statements have the numbers of `outcome` in `items.rs`, and the kinds of changes of
+//! `migrations/V2__user_changes.sql`. One that writes a key lowers `norm_version`.
 
 use std::time::SystemTime;
 
@@ -150,13 +153,23 @@ const CREATE: Statement = Statement {
     ),
 };
 
-/// A statement on existing users, `$4`. `$write` changes each user `c` whose item `i` has the
-/// outcome 2, "to be done", after a wait for its row; `$extra` is more that it returns.
-/// `$outcome` are the cases of other outcomes, and `$missing` is that of a user that does not
-/// exist. An item that is still to be done afterwards was locked, or lost a race.
+/// A statement on existing users. Its parts, of which a change that is not coalesced needs those
+/// without a default here:
 ///
-/// `$skip` makes `$write` skip locked rows; a statement that needs the `$current` values of
-/// rows locks them before.
+/// - `arrays`, `fields`: the parameters from `$4` on, which is the ids of the users, and their names
+///   as columns of an item `i`; `computed`: more such columns (`""`).
+/// - `current`: a relation of locked rows, for values as they were before the write, without and with
+///   `skip locked` (`["", ""]`).
+/// - `write`: an update or delete of the user `c` of each item that is to be done; `skip` makes it
+///   leave out locked rows (`""`); `extra` is more that it returns (`""`).
+/// - `salt`: what a request id is hashed with (`"fingerprint_salt"`).
+/// - `missing`: the outcome of an item whose user does not exist (`"3"`); `outcome`: cases of other
+///   outcomes than "to be done", which is 2.
+/// - `writes`: the change log, from `done`, which has the items that were done.
+///
+/// `rest` has the other items, with their outcome in the snapshot. If that is still 2, the row was
+/// locked, or has changed since. `accepted` has all with the outcome 0, whose request ids are
+/// recorded.
 macro_rules! on_users {
     (
         arrays: $arrays:expr, fields: $fields:expr, computed: $computed:literal, current: [$current:expr, $skip_current:expr],

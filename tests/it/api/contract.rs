@@ -150,6 +150,22 @@ async fn every_view_is_accepted_and_an_unknown_one_is_rejected() {
 }
 
 #[tokio::test]
+async fn full_view_is_given_for_up_to_100_elements() {
+    let (server, _) = server().await;
+    let mut client = server.client().await;
+    let lookup = |count: usize, view: pb::UserView| {
+        let key = || pb::UserKey { key: Some(pb::user_key::Key::Id(new_request_id())) };
+        let keys = (0..count).map(|_| key()).collect();
+        pb::LookupUsersRequest { keys, view: view.into(), ..Default::default() }
+    };
+    client.lookup_users(lookup(101, pb::UserView::Basic)).await.unwrap();
+    client.lookup_users(lookup(100, pb::UserView::Full)).await.unwrap();
+    let response = client.lookup_users(lookup(101, pb::UserView::Full)).await;
+    let status = assert_rejected(response, Code::InvalidArgument, "BATCH_TOO_LARGE");
+    assert_eq!(violations(&status)[0].0, "keys");
+}
+
+#[tokio::test]
 async fn retry_may_ask_for_another_view() {
     let (server, _) = server().await;
     let mut client = server.client().await;
