@@ -37,8 +37,8 @@ async fn old_partition_is_emptied_and_watches_of_later_changes_continue_without_
     eventually("the partition is empty", async || (database.count(&size(0)).await == 0).then_some(())).await;
     assert_eq!(database.count("select count(*) from user_changes").await, 1210);
     let mut client = purging.client().await;
-    let refused = Watch::resumed(&mut client, &before).await.map(drop);
-    assert_refused(refused, Code::OutOfRange, "RESUME_TOKEN_EXPIRED");
+    let rejected = Watch::resumed(&mut client, &before).await.map(drop);
+    assert_rejected(rejected, Code::OutOfRange, "RESUME_TOKEN_EXPIRED");
     let mut resumed = Watch::resumed(&mut client, &after).await.unwrap();
     let ids: std::collections::HashSet<_> =
         resumed.changes(1200).await.into_iter().map(|change| change.id).collect();
@@ -133,7 +133,7 @@ async fn read_that_waits_while_its_partition_is_emptied_fails_instead_of_missing
         update user_feed set purged_xid = newest.xid, purged_time = newest.time from newest;
         truncate user_changes_1; commit";
     purge.batch_execute(empty).await.unwrap();
-    assert_refused(resumed.await.unwrap(), Code::OutOfRange, "RESUME_TOKEN_EXPIRED");
+    assert_rejected(resumed.await.unwrap(), Code::OutOfRange, "RESUME_TOKEN_EXPIRED");
 }
 
 #[tokio::test]
