@@ -72,6 +72,10 @@ bench: postgres binaries ## Measure the service beside pgbench: some minutes, on
 bench-scale: postgres binaries ## The same with 10 million users as well
 	target/release/bench --scale --out docs/performance
 
+.PHONY: bench-week
+bench-week: postgres binaries ## Measure two weeks of writes with compressed time: three minutes
+	target/release/bench --week --out docs/performance
+
 .PHONY: bench-baseline
 bench-baseline: postgres binaries ## Compare the service with an older binary: BASELINE=path
 	target/release/bench --baseline $(BASELINE) --only-baseline

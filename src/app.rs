@@ -133,7 +133,7 @@ async fn maintain_database(
     reporter: HealthReporter,
     config: Config,
 ) -> anyhow::Result<()> {
-    prepare_database(&postgres, &db).await?;
+    prepare_database(&postgres, &db, config.migrate_on_start).await?;
     tokio::join!(
         health::watch_database(&postgres, &reporter),
         db.prewarm(),
@@ -164,13 +164,20 @@ async fn open_database(config: &Config) -> anyhow::Result<(Option<Embedded>, tok
     Ok((dev_postgres, pool::with_timeouts(postgres.context("no database")?)))
 }
 
-/// Migrates and verifies the database. Waits without limit for an unavailable database;
+/// Migrates or checks the schema, and verifies the database. Waits without limit for an unavailable database;
 /// any other failure is an error, because a retry cannot help.
-async fn prepare_database(postgres: &tokio_postgres::Config, db: &Db) -> anyhow::Result<()> {
+async fn prepare_database(
+    postgres: &tokio_postgres::Config,
+    db: &Db,
+    migrate_on_start: bool,
+) -> anyhow::Result<()> {
     let mut delay = RETRY_DELAY_MIN;
     loop {
         let Err(error) = async {
-            migrate::migrate(postgres).await?;
+            match migrate_on_start {
+                true => migrate::migrate(postgres).await?,
+                false => migrate::check(postgres).await?,
+            }
             change_log::reset_origin(postgres).await?;
             db.verify_schema().await
         }

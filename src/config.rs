@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::{
-    Args, ValueEnum,
+    ArgAction, Args, ValueEnum,
     builder::{RangedU64ValueParser, TypedValueParser},
 };
 use tokio_postgres::config::SslMode;
@@ -34,6 +34,11 @@ pub struct Config {
     /// /var/lib/user-service for root, else user-service in $XDG_DATA_HOME or ~/.local/share].
     #[arg(long, env)]
     pub data_dir: Option<PathBuf>,
+
+    /// Whether the start brings the schema up to date. With `false` a schema that is older than
+    /// this release stops the start.
+    #[arg(long, env, default_value_t = true, action = ArgAction::Set)]
+    pub migrate_on_start: bool,
 
     /// Maximum number of pooled connections to PostgreSQL. Health checks, the change feed and
     /// exports have connections outside the pool.

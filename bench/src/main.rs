@@ -12,7 +12,7 @@
 //! | [`charts`] | the charts |
 //! | [`targets`] | what is aimed at |
 //! | [`run`] | the order of the measurements |
-//! | [`bulk`], [`feed`], [`baseline`], [`comparison`] | imports and exports; change feed; an older binary; Python stacks |
+//! | [`bulk`], [`feed`], [`baseline`], [`comparison`], [`week`] | imports and exports; change feed; an older binary; Python stacks; compressed time |
 //! | [`service`], [`pgbench`] | load on the service, and on PostgreSQL alone |
 //! | [`postgres`], [`generator`] | the PostgreSQL server and its databases; the load generator |
 //! | [`server`], [`results`] | server processes; from repetitions to figures |
@@ -39,6 +39,7 @@ mod service;
 mod statements;
 mod targets;
 mod usage;
+mod week;
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -70,6 +71,9 @@ struct Cli {
     /// Compare with the Python stacks only, run by this interpreter.
     #[arg(long, value_name = "PYTHON", conflicts_with_all = ["baseline", "scale"])]
     comparison: Option<PathBuf>,
+    /// Measure two weeks of writes with compressed time only.
+    #[arg(long, conflicts_with_all = ["baseline", "scale", "comparison"])]
+    week: bool,
     /// The directory of the report [default: none, only print it]
     #[arg(long)]
     out: Option<PathBuf>,
@@ -107,6 +111,9 @@ impl Cli {
         let mut results = Results::default();
         if let Some(python) = &self.comparison {
             return self.write("comparison.md", &comparison::run(plan, python, postgres).await?);
+        }
+        if self.week {
+            return self.write("week.md", &week::run(plan, postgres).await?);
         }
         if !self.only_baseline {
             run::run(plan, postgres, &mut results).await?;

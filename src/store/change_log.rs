@@ -108,7 +108,7 @@ pub async fn reset_origin(postgres: &tokio_postgres::Config) -> anyhow::Result<(
     let (client, connection) = pool::connect(postgres).await?;
     let reset = tokio::select! {
         reset = client.query(RESET_ORIGIN, &[]) => reset?,
-        () = connection => anyhow::bail!("the connection broke"),
+        () = connection => return Err(pool::connection_lost().into()),
     };
     if !reset.is_empty() {
         tracing::warn!("change log of another database emptied; existing resume tokens are invalid");
@@ -163,6 +163,11 @@ fn log_state_from_rows(rows: &[Row]) -> Result<LogState, Error> {
             .map(|time| TransactionStamp::new(0, time).time_us),
     })
 }
+
+/// Comes before the snapshot of a read. To empty a partition is not a matter of snapshots: a read
+/// that waited for it would find no changes, and in its older snapshot no record that they are
+/// purged.
+const LOCK: &str = "lock table user_changes in access share mode";
 
 /// Up to `$3` changes, and the rest of the last one's transaction, after a position that
 /// includes the transactions up to `$1` except `$2`.
@@ -253,8 +258,12 @@ pub(crate) async fn read(
     let limit = i64::try_from(size).unwrap_or(i64::MAX);
     let params: Params<'_> = &[&last, &in_flight_xids, &limit];
     // Pipelined: one round trip.
-    let (log, changes) =
-        future::try_join(query(&snapshot, LOG_STATE, &[&last]), query(&snapshot, CHANGES, params)).await?;
+    let ((), log, changes) = future::try_join3(
+        snapshot.batch_execute(LOCK),
+        query(&snapshot, LOG_STATE, &[&last]),
+        query(&snapshot, CHANGES, params),
+    )
+    .await?;
     let log = match log_state_from_rows(&log).and_then(|log| from.check(&log).map(|()| log)) {
         Ok(log) => log,
         Err(error) => return Ok(Err(error)),

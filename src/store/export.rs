@@ -122,11 +122,14 @@ impl Session {
             Export::Filtered(list) => ("off", list::statement(list), list::params(list, &None)),
         };
         let begin = format!(
-            "{settings} set enable_seqscan = {scan}; begin isolation level repeatable read read only;"
+            "{settings} set enable_seqscan = {scan}; begin isolation level repeatable read read only;
+            savepoint snapshot;"
         );
         let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
         let now = self.client.query(CURRENT_POSITION, &[]).await.map_err(refused)?;
+        // Releases the locks on the change log, but not the snapshot: the purge waits for the locks.
+        self.client.batch_execute("rollback to snapshot").await.map_err(refused)?;
         // A standby has no position, and a watch could not continue without one.
         let point = position_from_rows(&now)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;

@@ -424,6 +424,11 @@ pub async fn connect(postgres: &tokio_postgres::Config) -> anyhow::Result<(Clien
     Ok((client, connection.map(drop).boxed()))
 }
 
+/// The error of a connection outside the pool that ended.
+pub(crate) fn connection_lost() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the connection to the database broke")
+}
+
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

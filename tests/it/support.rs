@@ -310,6 +310,21 @@ pub async fn eventually<T>(what: &str, mut poll: impl AsyncFnMut() -> Option<T>)
 pub const WAITING: &str =
     "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
 
+/// Ends the partition of the change log that is written, as if that had been so long ago.
+pub async fn end_partition(database: &Database, age: &str) {
+    let end = format!(
+        "with earlier as (
+            update user_changes_partitions set begin_time = begin_time - interval '{age}'
+        ), begun as (
+            insert into user_changes_partitions
+            select (number + 1) % 9, now() - interval '{age}' from user_changes_partitions
+            order by begin_time desc limit 1 returning number
+        )
+        select setval('user_changes_seq', number * 1000000000000000000) from begun"
+    );
+    database.connect().await.batch_execute(&end).await.unwrap();
+}
+
 /// Terminates all sessions of the service and returns their number.
 pub async fn terminate_backends(database: &Database) -> i64 {
     let terminate = "select count(pg_terminate_backend(pid)) from pg_stat_activity

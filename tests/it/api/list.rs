@@ -355,9 +355,10 @@ async fn every_statement_uses_an_index_of_a_large_table() {
         .batch_execute(
             "insert into requests select gen_random_uuid(), '', true, gen_random_uuid(), now() + n * interval '1 second'
                 from generate_series(1, 100000) as n;
-            insert into user_changes (xid, user_id, revision, kind)
-                select (row_number() over () / 10)::text::xid8, id, 1, 1 from users;
-            insert into username_holds select id::text, id, now() + interval '1 day' from users limit 20000;
+            insert into user_changes (xid, seq, user_id, revision, kind)
+                select (n / 10)::text::xid8, n % 9 * 1000000000000000000 + n, id, 1, 1
+                from (select row_number() over () as n, id from users) as numbered;
+            insert into username_holds select id::text, id, now() + interval '1 day' from users;
             insert into import_chunks select sha256(n::text::bytea), '', '{}', '', now() + n * interval '1 second'
                 from generate_series(1, 100000) as n;
             analyze;
@@ -376,8 +377,13 @@ async fn every_statement_uses_an_index_of_a_large_table() {
         admin.batch_execute("deallocate asked").await.unwrap();
         let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
         let plan = plan.join("\n");
-        // These tables have one row, and one row for each database.
-        let plan = plan.replace("Seq Scan on user_feed", "").replace("Seq Scan on pg_database", "");
+        // These tables have one row, nine rows, and one row for each database.
+        let plan =
+            plan.replace("Seq Scan on user_feed", "").replace("Seq Scan on user_changes_partitions", "");
+        let plan = plan.replace("Seq Scan on user_changes_seq", "").replace("Seq Scan on pg_database", "");
+        // The reset of the log reads all of it.
+        let is_reset = sql.contains("delete from user_changes where");
+        let plan = if is_reset { plan.replace("Seq Scan on user_changes", "") } else { plan };
         // A merge of two scans is not a sort, nor is an incremental sort of a scan by username,
         // in which no two live users are equal.
         let plan = plan.replace("Sort Key", "");

@@ -96,8 +96,7 @@ async fn old_changes_are_purged_and_tokens_before_them_expire() {
     let admin = database.connect().await;
     admin.batch_execute("select pg_advisory_lock(hashtext('user-service purge'))").await.unwrap();
     insert(&database, "old", 3, 400).await;
-    let age = "update user_changes set time = now() - interval '61 minutes'";
-    admin.batch_execute(age).await.unwrap();
+    end_partition(&database, "61 minutes").await;
     let after = Watch::from_now(&mut client).await.token;
     admin.batch_execute("select pg_advisory_unlock_all()").await.unwrap();
     let left = async || database.count("select count(*) from user_changes").await;
@@ -116,7 +115,7 @@ async fn old_changes_are_purged_and_tokens_before_them_expire() {
     let slow = database.connect().await;
     slow.batch_execute("begin; select pg_current_xact_id()").await.unwrap();
     insert(&database, "older", 1, 10).await;
-    admin.batch_execute(age).await.unwrap();
+    end_partition(&database, "61 minutes").await;
     for _ in 0..2 {
         // Each run purges request ids just before changes.
         admin
