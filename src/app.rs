@@ -30,6 +30,7 @@ use crate::store::export::{self, Exports};
 use crate::store::migrate;
 use crate::store::pool::{self, Db};
 use crate::store::purge;
+use crate::store::token_keys::TokenKeyring;
 use crate::telemetry::describe;
 
 /// Concurrent statements of each coalesced rpc. More of them make batches smaller. On two
@@ -62,11 +63,12 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let (dev_postgres, postgres) = open_database(&config).await?;
 
     let (db, abandoned) = Db::new(&config, postgres.clone(), &store::statements())?;
-    let db = Arc::new(db);
+    let (db, token_keys) = (Arc::new(db), Arc::new(TokenKeyring::default()));
     let reporter = health::reporter().await;
     let statement_tasks = TaskTracker::new();
-    let (exports, export_connections) = Exports::new(Arc::clone(&db), postgres.clone(), &config);
-    let feed = Arc::new(Feed::new(Arc::clone(&db), &config));
+    let (exports, export_connections) =
+        Exports::new(Arc::clone(&db), Arc::clone(&token_keys), postgres.clone(), &config);
+    let feed = Arc::new(Feed::new(Arc::clone(&db), Arc::clone(&token_keys), &config));
     let limits = coalescer_limits(&config);
     let users =
         UserService::new(Arc::clone(&db), &config, limits, &statement_tasks, exports, Arc::clone(&feed));
@@ -74,7 +76,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
     let mut tasks = JoinSet::new();
-    let maintenance = maintain_database(postgres.clone(), Arc::clone(&db), reporter.clone(), config.clone());
+    let maintenance =
+        maintain_database(postgres.clone(), Arc::clone(&db), token_keys, reporter.clone(), config.clone());
     spawn(&mut tasks, &stop_tasks, maintenance);
     // These outlive the other tasks: they clean up the statements and connections of
     // requests that shutdown cancels.
@@ -130,16 +133,18 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
 async fn maintain_database(
     postgres: tokio_postgres::Config,
     db: Arc<Db>,
+    token_keys: Arc<TokenKeyring>,
     reporter: HealthReporter,
     config: Config,
 ) -> anyhow::Result<()> {
-    prepare_database(&postgres, &db, config.migrate_on_start).await?;
+    prepare_database(&postgres, &db, &token_keys, config.migrate_on_start).await?;
     tokio::join!(
         health::watch_database(&postgres, &reporter),
         db.prewarm(),
         db.retire_connections(),
         purge::run(&db, &config),
         change_log::maintain_origin(&db, &postgres),
+        token_keys.poll(&db),
     );
     Ok(())
 }
@@ -169,6 +174,7 @@ async fn open_database(config: &Config) -> anyhow::Result<(Option<Embedded>, tok
 async fn prepare_database(
     postgres: &tokio_postgres::Config,
     db: &Db,
+    token_keys: &TokenKeyring,
     migrate_on_start: bool,
 ) -> anyhow::Result<()> {
     let mut delay = RETRY_DELAY_MIN;
@@ -179,6 +185,7 @@ async fn prepare_database(
                 false => migrate::check(postgres).await?,
             }
             change_log::reset_origin(postgres).await?;
+            token_keys.load(postgres).await?;
             db.verify_schema().await
         }
         .await

@@ -88,7 +88,7 @@ pub enum Error {
     },
     /// The change log no longer holds all changes after the token.
     ResumeTokenExpired,
-    /// The token belongs to another database, or to a history that this one does not share.
+    /// The token belongs to a copy of the database, or to a history that this one does not share.
     ResumeTokenForeign,
     /// The database cannot be reached, or accepts no writes.
     DatabaseUnavailable,

@@ -176,8 +176,9 @@ impl pb::user_service_server::UserService for UserService {
 
     async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> RpcResult<pb::ListUsersResponse> {
         let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
-        let request = List::parse(request.get_ref())?;
-        Ok(Response::new(list::list(&self.db, &request).await?))
+        let keys = self.feed.token_keys.keys()?;
+        let request = List::parse(&keys, request.get_ref())?;
+        Ok(Response::new(list::list(&self.db, &keys, &request).await?))
     }
 
     async fn lookup_users(
@@ -277,7 +278,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::WatchUsersRequest>,
     ) -> RpcResult<Self::WatchUsersStream> {
-        let watch = Watch::parse(request.into_inner())?;
+        let watch = Watch::parse(self.feed.token_keys.keys()?.as_ref(), request.into_inner())?;
         let watcher = Watcher::start(Arc::clone(&self.feed), watch).await?;
         Ok(Response::new(watcher.into_stream().boxed()))
     }

@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use prost::Message;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast},
     time,
@@ -18,13 +17,14 @@ use tokio_postgres::Row;
 
 use crate::config::Config;
 use crate::error::{Access, Error};
-use crate::feed::messages::ChangeBatch;
+use crate::feed::messages::{ChangeBatch, WatchMessage};
 use crate::limits::StreamLimiter;
 use crate::model::page::Page;
 use crate::model::position::{LogPosition, TransactionStamp};
 use crate::store::change_log::{self, CURRENT_POSITION, ChangesSince, position_from_rows};
 use crate::store::list;
 use crate::store::pool::Db;
+use crate::store::token_keys::TokenKeyring;
 use crate::telemetry::describe;
 
 /// Changes in a batch. The changes of a transaction are read together, so a batch can have
@@ -60,6 +60,8 @@ const RECONNECT_DELAY: Duration = Duration::from_millis(500);
 /// The change feed of a process.
 pub struct Feed {
     db: Arc<Db>,
+    /// The keys of tokens, those of lists included.
+    pub token_keys: Arc<TokenKeyring>,
     batches: broadcast::Sender<Arc<ChangeBatch>>,
     /// Notified when a watch starts.
     watch_started: Notify,
@@ -71,9 +73,10 @@ pub struct Feed {
 
 impl Feed {
     /// A feed without watchers.
-    pub fn new(db: Arc<Db>, config: &Config) -> Self {
+    pub fn new(db: Arc<Db>, token_keys: Arc<TokenKeyring>, config: &Config) -> Self {
         Self {
             db,
+            token_keys,
             batches: broadcast::Sender::new(BATCHES_KEPT),
             watch_started: Notify::new(),
             limiter: StreamLimiter::new("watches", config.max_watchers),
@@ -161,7 +164,7 @@ impl Feed {
             let from = published.insert(from);
             let read = change_log::read(&mut client, from.clone(), BATCH_SIZE);
             let batch = match time::timeout(READ_TIMEOUT, read).await?? {
-                Ok(changes) => ChangeBatch::new(changes).await,
+                Ok(changes) => ChangeBatch::new(&self.token_keys, changes).await,
                 Err(error) => Err(error),
             };
             let batch = match batch {
@@ -181,7 +184,7 @@ impl Feed {
                 continue;
             }
             from.clone_from(&batch.end);
-            let bytes = batch.messages.iter().map(Message::encoded_len).sum();
+            let bytes = batch.messages.iter().map(WatchMessage::encoded_len).sum();
             let delay = batch_delay(self.batches.receiver_count(), bytes);
             // Fails if the last watcher has just ended.
             let _ = self.batches.send(Arc::new(batch));

@@ -19,7 +19,7 @@ use tokio::{
 use tonic::Status;
 
 use crate::error::Error;
-use crate::feed::messages::{ChangeBatch, MESSAGE_SIZE, existing_user, filtered, position_message};
+use crate::feed::messages::{ChangeBatch, MESSAGE_SIZE, WatchMessage, existing_user};
 use crate::feed::reader::{BOOKMARK_INTERVAL, Feed};
 use crate::model::page::{Page, Selection};
 use crate::model::position::{LogPosition, ResumeToken};
@@ -40,7 +40,7 @@ pub struct Watcher {
     /// When the last message was sent.
     last_sent: Instant,
     /// Messages to send before the next step of `phase`.
-    messages: vec::IntoIter<Encoded>,
+    messages: vec::IntoIter<WatchMessage>,
     /// Held only while the watcher catches up.
     catch_up_permit: Option<OwnedSemaphorePermit>,
     phase: Phase,
@@ -95,7 +95,7 @@ impl Watcher {
             return Ok(watcher);
         }
         // If there are no changes, the client gets a token at once.
-        watcher.set_bookmark();
+        watcher.set_bookmark()?;
         if let Some(changes) = changes {
             watcher.set_changes(changes).await?;
         }
@@ -124,8 +124,8 @@ impl Watcher {
         loop {
             if let Some(message) = self.messages.next() {
                 return match &self.filter {
-                    Some(filter) => filtered(&message, filter),
-                    None => Ok(message),
+                    Some(filter) => message.filtered(self.feed.token_keys.keys()?.as_ref(), filter),
+                    None => Ok(message.unfiltered()),
                 };
             }
             match mem::replace(&mut self.phase, Phase::Live) {
@@ -146,9 +146,15 @@ impl Watcher {
         }
     }
 
-    fn set_bookmark(&mut self) {
-        let bookmark = pb::WatchUsersResponse { bookmark: true, ..position_message(&self.position) };
-        self.messages = vec![Encoded::new(&bookmark)].into_iter();
+    fn set_bookmark(&mut self) -> Result<(), Error> {
+        self.set_message(pb::WatchUsersResponse { bookmark: true, ..Default::default() })
+    }
+
+    /// Sends a message without changes, with the token of the position.
+    fn set_message(&mut self, message: pb::WatchUsersResponse) -> Result<(), Error> {
+        let keys = self.feed.token_keys.keys()?;
+        self.messages = vec![WatchMessage::at(&keys, &self.position, message)].into_iter();
+        Ok(())
     }
 
     /// Sends the changes after the position, if there are any, and selects the next phase.
@@ -161,7 +167,7 @@ impl Watcher {
         };
         // Lets the prefetch send its query before this task encodes the batch.
         task::yield_now().await;
-        let batch = ChangeBatch::new(changes).await?;
+        let batch = ChangeBatch::new(&self.feed.token_keys, changes).await?;
         if !batch.messages.is_empty() {
             self.messages = batch.messages.into_iter();
         }
@@ -183,22 +189,21 @@ impl Watcher {
     /// page.
     async fn read_page(&mut self, mut page: Page) -> Result<(), Error> {
         let (rows, is_last) = self.feed.page(&page).await?;
+        let keys = self.feed.token_keys.keys()?;
         let mut messages = Vec::new();
         for part in rows.chunks(MESSAGE_SIZE) {
             let [.., last] = part else { continue };
             let last = list::position(last, page.rest.order)?;
-            let page_token = Some(page.token_after(&last));
-            messages.push(Encoded::new(&pb::WatchUsersResponse {
-                changes: part.iter().map(existing_user).collect::<Result<_, Error>>()?,
-                resume_token: ResumeToken { position: self.position.clone(), page_token }.to_text(),
-                ..Default::default()
-            }));
+            let changes = part.iter().map(existing_user).collect::<Result<_, Error>>()?;
+            let message = pb::WatchUsersResponse { changes, ..Default::default() };
+            let token = ResumeToken { position: self.position.clone(), last_user: Some(last.clone()) };
+            messages.push(WatchMessage::new(&keys, message, Arc::new(token)));
             page = page.page_after(last);
         }
         self.phase = Phase::InitialState(page);
         if is_last {
-            let end = pb::WatchUsersResponse { initial_state_end: true, ..position_message(&self.position) };
-            messages.push(Encoded::new(&end));
+            let end = pb::WatchUsersResponse { initial_state_end: true, ..Default::default() };
+            messages.push(WatchMessage::at(&keys, &self.position, end));
             self.phase = Phase::CatchUp;
         }
         self.messages = messages.into_iter();
@@ -229,9 +234,9 @@ impl Watcher {
             self.messages = batch.messages.clone().into_iter();
         }
         if batch.messages.is_empty() {
-            self.set_bookmark();
+            self.set_bookmark()?;
         } else if is_known && self.last_sent.elapsed() >= BOOKMARK_INTERVAL {
-            self.messages = vec![Encoded::new(&position_message(&self.position))].into_iter();
+            self.set_message(pb::WatchUsersResponse::default())?;
         }
         Ok(())
     }

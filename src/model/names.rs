@@ -401,6 +401,17 @@ mod tests {
             }
         }
 
+        /// So a user is found by the canonical address, too.
+        #[test]
+        fn canonical_email_is_its_own_canonical_form(
+            local in "[\\p{L}\\p{M}\\p{N}.+_-]{1,12}", domain in "[\\p{L}\\p{M}\\p{N}.-]{1,12}|[a-zA-Z]{1,9}\\.[A-Z]{1,9}"
+        ) {
+            if let Ok(email) = Email::parse(&format!("{local}@{domain}")) {
+                let again = Email::parse(email.canonical());
+                prop_assert_eq!(again.as_ref().map(Email::canonical), Ok(email.canonical()));
+            }
+        }
+
         #[test]
         fn usernames_that_differ_in_case_have_the_same_key(text in "[a-zA-Z0-9._-]{3,64}") {
             prop_assert_eq!(key(&text), key(&text.to_uppercase()));

@@ -5,13 +5,20 @@
 //! to an id, except those that were still in flight. No change between two positions is
 //! lost, and a long transaction does not delay the feed.
 
-use std::time::SystemTime;
+use std::{mem, time::SystemTime};
+
+use prost::Message;
 
 use crate::error::Error;
-use crate::model::page::{from_micros, to_micros};
-use crate::model::token::{decode_token, encode_token};
+use crate::model::page::{Order, Position, Selection, to_micros};
+use crate::model::token::TokenKeys;
 
 /// A position in the change log: the set of changes that a client has received.
+///
+/// PostgreSQL keeps transaction ids within 2^31 of one another, so a transaction in flight takes
+/// 1 to 5 bytes of a token. 15,000 of them always fit into
+/// [`TOKEN_MAX_LEN`](crate::model::token::TOKEN_MAX_LEN): a position has at most two for each
+/// connection of the server, those of an earlier and of a later snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogPosition {
     /// The cluster, the database and the timeline. The timeline changes with each failover
@@ -107,40 +114,66 @@ impl LogPosition {
     }
 
     /// The watch token of ListUsers and ExportUsers. It is valid with every filter.
-    pub fn to_token(&self) -> String {
-        encode_token(WATCH_TOKEN, self.to_text().as_bytes())
+    pub fn to_token(&self, keys: &TokenKeys) -> String {
+        keys.encode(WATCH_TOKEN, &self.content(None))
     }
 
     /// Reads a watch token; `None` if it is invalid.
-    pub fn from_token(token: &str) -> Option<Self> {
-        Self::from_text(&String::from_utf8(decode_token(WATCH_TOKEN, token)?).ok()?)
+    pub fn from_token(keys: &TokenKeys, token: &str) -> Option<Self> {
+        Content::decode(keys.decode(WATCH_TOKEN, token)?.as_slice()).ok()?.position()
     }
 
-    fn to_text(&self) -> String {
-        let Self { origin, last, in_flight_xids } = self;
-        let in_flight_xids: Vec<String> = in_flight_xids.iter().map(u64::to_string).collect();
-        format!("{origin}|{} {}|{}", last.xid, last.time_us, in_flight_xids.join(" "))
+    fn content(&self, last_user: Option<&Position>) -> Vec<u8> {
+        let mut next = self.last.xid;
+        let gaps = self.in_flight_xids.iter().rev().map(|xid| mem::replace(&mut next, *xid) - xid);
+        let content = Content {
+            origin: self.origin.clone(),
+            last_xid: self.last.xid,
+            last_time_us: self.last.time_us,
+            gaps: gaps.collect(),
+            last_user: last_user.map(Position::to_bytes),
+        };
+        content.encode_to_vec()
     }
+}
 
-    /// Accepts only valid positions, because tokens can be forged.
-    fn from_text(text: &str) -> Option<Self> {
-        let mut parts = text.split('|');
-        let (origin, last, in_flight_xids) = (parts.next()?, parts.next()?, parts.next()?);
-        let (xid, time_us) = last.split_once(' ')?;
-        let last = TransactionStamp { xid: xid.parse().ok()?, time_us: time_us.parse().ok()? };
-        from_micros(last.time_us)?;
-        let in_flight_xids = in_flight_xids.split(' ').filter(|xid| !xid.is_empty());
-        let in_flight_xids: Vec<u64> = in_flight_xids.map(|xid| xid.parse().ok()).collect::<Option<_>>()?;
-        let is_ascending = in_flight_xids.iter().chain([&last.xid]).is_sorted_by(|a, b| a < b);
-        let is_valid = parts.next().is_none() && last.xid < u64::MAX && is_ascending;
-        is_valid.then(|| Self { origin: origin.to_owned(), last, in_flight_xids })
+/// The content of a watch token or a resume token. Protocol Buffers, so that a later release can
+/// add fields.
+#[derive(Clone, PartialEq, Message)]
+struct Content {
+    #[prost(string, tag = "1")]
+    origin: String,
+    #[prost(uint64, tag = "2")]
+    last_xid: u64,
+    #[prost(sint64, tag = "3")]
+    last_time_us: i64,
+    /// The distances between `last_xid` and the transactions in flight, from the newest to the
+    /// oldest: the distance from the last transaction, then from the one before in this list.
+    #[prost(uint64, repeated, tag = "4")]
+    gaps: Vec<u64>,
+    #[prost(bytes = "vec", optional, tag = "5")]
+    last_user: Option<Vec<u8>>,
+}
+
+impl Content {
+    /// Accepts only valid positions: another release may have made the token.
+    fn position(self) -> Option<LogPosition> {
+        let last = TransactionStamp { xid: self.last_xid, time_us: self.last_time_us };
+        let mut xid = last.xid;
+        let mut in_flight_xids = Vec::with_capacity(self.gaps.len());
+        for gap in self.gaps {
+            xid = xid.checked_sub(gap).filter(|_| gap > 0)?;
+            in_flight_xids.push(xid);
+        }
+        in_flight_xids.reverse();
+        (last.xid < u64::MAX).then_some(LogPosition { origin: self.origin, last, in_flight_xids })
     }
 }
 
 /// The context of watch tokens.
 const WATCH_TOKEN: &[u8] = b"point";
 
-/// The context of resume tokens.
+/// The context of the resume tokens of unfiltered watches.
 const RESUME_TOKEN: &[u8] = b"watch";
 
 /// The content of a resume token: where a watch continues.
@@ -148,24 +181,35 @@ const RESUME_TOKEN: &[u8] = b"watch";
 pub struct ResumeToken {
     /// The changes that the client has received.
     pub position: LogPosition,
-    /// The token of the next page, within an initial state.
-    pub page_token: Option<String>,
+    /// The last user that the client has received, within an initial state.
+    pub last_user: Option<Position>,
 }
 
 impl ResumeToken {
-    /// Encodes the token of an unfiltered watch.
-    pub fn to_text(&self) -> String {
-        let page_token = self.page_token.as_deref().unwrap_or_default();
-        encode_token(RESUME_TOKEN, format!("{}|{page_token}", self.position.to_text()).as_bytes())
+    /// Of a position outside an initial state.
+    pub fn at(position: LogPosition) -> Self {
+        Self { position, last_user: None }
     }
 
-    /// Reads a token; `None` if it is invalid.
-    pub fn parse(text: &str) -> Option<Self> {
-        let text = String::from_utf8(decode_token(RESUME_TOKEN, text)?).ok()?;
-        let (position, page_token) = text.rsplit_once('|')?;
-        let page_token = Some(page_token.to_owned()).filter(|token| !token.is_empty());
-        Some(Self { position: LogPosition::from_text(position)?, page_token })
+    /// Encodes the token of a watch with this filter.
+    pub fn encode(&self, keys: &TokenKeys, filter: Option<&Selection>) -> String {
+        keys.encode(&context(filter), &self.position.content(self.last_user.as_ref()))
     }
+
+    /// Reads a token of a watch with this filter, whose initial state has this order; `None` if
+    /// it is invalid.
+    pub fn decode(keys: &TokenKeys, token: &str, filter: Option<&Selection>, order: Order) -> Option<Self> {
+        let mut content = Content::decode(keys.decode(&context(filter), token)?.as_slice()).ok()?;
+        let last_user = match content.last_user.take() {
+            Some(bytes) => Some(order.position_from_bytes(&bytes)?),
+            None => None,
+        };
+        Some(Self { position: content.position()?, last_user })
+    }
+}
+
+fn context(filter: Option<&Selection>) -> Vec<u8> {
+    filter.map_or_else(|| RESUME_TOKEN.to_vec(), Selection::watch_context)
 }
 
 #[cfg(test)]
@@ -173,8 +217,11 @@ mod tests {
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;
+    use uuid::Uuid;
 
     use super::*;
+    use crate::model::page::Key;
+    use crate::model::token::{TOKEN_MAX_LEN, tests::keys};
 
     const LAST_XID: u64 = 40;
 
@@ -192,19 +239,34 @@ mod tests {
 
     proptest! {
         #[test]
-        fn resume_token_returns_its_position(last in 1..u64::MAX - 1, xids in some_xids(), page_token in prop::option::of("[0-9A-Za-z_-]{1,80}")) {
+        fn resume_token_returns_its_position(last in 1..u64::MAX - 1, xids in some_xids(), name in prop::option::of("[a-z]{1,64}")) {
             let (mut position, _) = position(LAST_XID, &xids);
             position.last.xid = last.max(LAST_XID);
-            let token = ResumeToken { position, page_token };
-            prop_assert_eq!(ResumeToken::parse(&token.to_text()), Some(token));
+            let last_user = name.map(|name| Position { key: Key::Username(name), id: Uuid::max() });
+            let token = ResumeToken { position, last_user };
+            let text = token.encode(&keys(&[1]), None);
+            prop_assert_eq!(ResumeToken::decode(&keys(&[1]), &text, None, Order::UsernameAsc), Some(token));
+            prop_assert_eq!(LogPosition::from_token(&keys(&[1]), &text), None);
         }
 
-        /// A forged token with a valid checksum is harmless.
+        /// A token of another release can have any content.
         #[test]
-        fn forged_resume_token_is_valid_or_rejected(text in "[0-9]{1,3} [0-9] [0-9]\\|[0-9]{1,22} -?[0-9]{1,22}\\|[0-9 ]{0,20}\\|[0-9a-f -]{0,80}") {
-            if let Some(token) = ResumeToken::parse(&encode_token(RESUME_TOKEN, text.as_bytes())) {
-                let _ = token.position.includes(&token.position);
-                let _ = token.to_text();
+        fn content_of_a_resume_token_is_a_position_or_rejected(
+            origin: String, last_xid: u64, last_time_us: i64, gaps: Vec<u64>, small_gaps in prop::collection::vec(0..9_u64, 0..9), last_user: Option<Vec<u8>>, junk: Vec<u8>
+        ) {
+            let content = |gaps: Vec<u64>| {
+                let (origin, last_user) = (origin.clone(), last_user.clone());
+                Content { origin, last_xid, last_time_us, gaps, last_user }.encode_to_vec()
+            };
+            for content in [content(gaps), content(small_gaps), junk] {
+                let token = keys(&[1]).encode(RESUME_TOKEN, &content);
+                for order in [Order::CreateTimeDesc, Order::UsernameAsc] {
+                    if let Some(token) = ResumeToken::decode(&keys(&[1]), &token, None, order) {
+                        prop_assert!(token.position.includes(&token.position));
+                        let text = token.encode(&keys(&[1]), None);
+                        prop_assert_eq!(ResumeToken::decode(&keys(&[1]), &text, None, order), Some(token));
+                    }
+                }
             }
         }
 
@@ -246,6 +308,26 @@ mod tests {
             let ((a, set_a), (b, set_b)) = (position(a, &in_flight_a), position(b, &in_flight_b));
             prop_assert_eq!(a.includes(&b), set_a.is_superset(&set_b));
         }
+    }
+
+    #[test]
+    fn position_with_many_transactions_in_flight_fits_into_a_token() {
+        // The distances that take the most bytes, of 15,000 ids within 2^31.
+        let gaps = [vec![1 << 21; 900], vec![1 << 14; 14_100]].concat();
+        let last = TransactionStamp { xid: u64::MAX - 1, time_us: i64::MIN };
+        let in_flight_xids = gaps.iter().rev().scan(last.xid - (1 << 31), |xid, gap| {
+            *xid += gap;
+            Some(*xid)
+        });
+        let in_flight_xids: Vec<u64> = in_flight_xids.collect();
+        assert!(in_flight_xids.last().is_some_and(|newest| *newest < last.xid));
+        let origin =
+            [u64::MAX.to_string(), u32::MAX.to_string(), i64::MAX.to_string(), "0000000A".into()].join(" ");
+        let last_user = Some(Position { key: Key::Username("\u{10000}".repeat(64)), id: Uuid::max() });
+        let token = ResumeToken { position: LogPosition { origin, last, in_flight_xids }, last_user };
+        let text = token.encode(&keys(&[1]), None);
+        assert!((TOKEN_MAX_LEN / 2..=TOKEN_MAX_LEN).contains(&text.len()), "{}", text.len());
+        assert_eq!(ResumeToken::decode(&keys(&[1]), &text, None, Order::UsernameAsc), Some(token));
     }
 
     #[test]

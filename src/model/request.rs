@@ -10,6 +10,7 @@ use crate::model::fields::RequestId;
 use crate::model::fields::{Fields, is_unfiltered};
 use crate::model::names::Username;
 use crate::model::page::Page;
+use crate::model::token::TokenKeys;
 use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
 use crate::model::view::View;
 use crate::pb;
@@ -200,7 +201,7 @@ pub struct List {
 
 impl List {
     /// Parses the request.
-    pub fn parse(request: &pb::ListUsersRequest) -> Result<Self, Error> {
+    pub fn parse(keys: &TokenKeys, request: &pb::ListUsersRequest) -> Result<Self, Error> {
         let mut fields = Fields::default();
         let size = match usize::try_from(request.page_size) {
             Ok(0) => Some(PAGE_SIZE_DEFAULT),
@@ -216,7 +217,7 @@ impl List {
         if request.page_token.is_empty() {
             return Ok(Self { page: selection.first_page(size), is_unfiltered, view });
         }
-        let page = selection.page_after(&request.page_token, size).ok_or_else(|| {
+        let page = selection.page_after(keys, &request.page_token, size).ok_or_else(|| {
             let what = "is not a token of a list with this order and filter";
             Error::invalid("page_token", Reason::PageTokenInvalid, what)
         })?;

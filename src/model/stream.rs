@@ -10,6 +10,7 @@ use crate::error::{Error, Violation};
 use crate::model::fields::{Fields, is_unfiltered};
 use crate::model::page::{Order, Page, Selection};
 use crate::model::position::{LogPosition, ResumeToken};
+use crate::model::token::TokenKeys;
 use crate::model::user::NewUser;
 use crate::pb;
 use crate::pb::ErrorReason as Reason;
@@ -167,7 +168,7 @@ const INITIAL_STATE_PAGE_SIZE: usize = 500;
 
 impl Watch {
     /// Parses the request.
-    pub fn parse(request: pb::WatchUsersRequest) -> Result<Self, Error> {
+    pub fn parse(keys: &TokenKeys, request: pb::WatchUsersRequest) -> Result<Self, Error> {
         let all = pb::UserFilter { include_deleted: true, ..Default::default() };
         let filter = request.filter.filter(|filter| *filter != all).map(Selection::parse).transpose()?;
         let selection = filter.clone().map_or_else(|| Selection::parse(all), Ok)?;
@@ -181,7 +182,7 @@ impl Watch {
                 let what = "goes without resume_token: the token says where to continue";
                 Err(Error::invalid("send_initial_state", Reason::FieldInvalid, what))
             }
-            (token, false) => Self::resume(token, filter, selection).ok_or_else(|| {
+            (token, false) => Self::resume(keys, token, filter, selection).ok_or_else(|| {
                 let what = "is not a whole token of ListUsers, ExportUsers, or WatchUsers with this filter: \
                             start again with send_initial_state";
                 Error::invalid("resume_token", Reason::ResumeTokenInvalid, what)
@@ -189,18 +190,74 @@ impl Watch {
         }
     }
 
-    fn resume(token: &str, filter: Option<Selection>, selection: Selection) -> Option<Self> {
-        let token = match (LogPosition::from_token(token), &filter) {
+    fn resume(
+        keys: &TokenKeys,
+        token: &str,
+        filter: Option<Selection>,
+        selection: Selection,
+    ) -> Option<Self> {
+        let ResumeToken { position, last_user } = match LogPosition::from_token(keys, token) {
             // A token of another rpc goes with every filter.
-            (Some(position), _) => ResumeToken { position, page_token: None },
-            (None, Some(filter)) => ResumeToken::parse(&filter.decode_watch_token(token)?)?,
-            (None, None) => ResumeToken::parse(token)?,
+            Some(position) => ResumeToken::at(position),
+            None => ResumeToken::decode(keys, token, filter.as_ref(), selection.order)?,
         };
-        let ResumeToken { position, page_token } = token;
-        let initial_state = match page_token {
-            Some(token) => Some(selection.page_after(&token, INITIAL_STATE_PAGE_SIZE)?),
-            None => None,
-        };
+        let initial_state =
+            last_user.map(|last| selection.first_page(INITIAL_STATE_PAGE_SIZE).page_after(last));
         Some(Self { filter, position: Some(position), initial_state })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Often one of a few valid values, so that chunks have duplicates.
+    fn some_text(valid: &'static [&'static str]) -> impl Strategy<Value = String> {
+        prop_oneof![4 => prop::sample::select(valid).prop_map(str::to_owned), 1 => any::<String>()]
+    }
+
+    const IDS: &[&str] =
+        &["", "6f0f7a1e-1111-4222-8333-944444444444", "6f0f7a1e-1111-4222-8333-955555555555"];
+
+    fn some_user() -> impl Strategy<Value = pb::User> {
+        let name = some_text(&["alice", "ALICE", "bob", "carol"]);
+        let email = some_text(&["a@example.com", "b@example.com"]);
+        (some_text(IDS), name, email, any::<String>()).prop_map(|(id, username, email, display_name)| {
+            pb::User { id, username, email, display_name, ..Default::default() }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn each_user_of_a_chunk_is_valid_or_rejected(
+            import_id in some_text(&IDS[1..]),
+            number in prop_oneof![Just(1_i64), any::<i64>()],
+            mode in prop_oneof![0..4_i32, any::<i32>()],
+            users in prop::collection::vec(some_user(), 0..6),
+        ) {
+            let count = users.len();
+            let request = pb::ImportUsersRequest { import_id, chunk: number, mode, users };
+            if let Ok(chunk) = Chunk::parse(request) {
+                prop_assert!(number > 0 && count > 0);
+                prop_assert_eq!(chunk.users.len() + chunk.rejected.len(), count);
+                prop_assert!(chunk.rejected.iter().map(|failure| failure.position).is_sorted_by(|a, b| a < b));
+                prop_assert!(chunk.rejected.iter().all(|failure| !failure.violations.is_empty()));
+                let (ids, names): (HashSet<_>, HashSet<_>) =
+                    chunk.users.iter().map(|user| (user.id, user.username.canonical())).unzip();
+                prop_assert_eq!((ids.len(), names.len()), (chunk.users.len(), chunk.users.len()));
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_the_parser_of_chunks_panic(bytes: Vec<u8>, user: Vec<u8>) {
+            let users = [[0x22, user.len() as u8].as_slice(), &user].concat();
+            for bytes in [bytes, users] {
+                if let Ok(request) = pb::ImportUsersRequest::decode(bytes.as_slice()) {
+                    let _ = Chunk::parse(request);
+                }
+            }
+        }
     }
 }

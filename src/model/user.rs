@@ -203,3 +203,42 @@ impl UserKey {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn some_path() -> impl Strategy<Value = String> {
+        prop_oneof![
+            prop::sample::select(PATHS.to_vec()).prop_map(str::to_owned),
+            Just("*".to_owned()),
+            any::<String>()
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn mask_has_fields_of_a_user_or_a_star_alone(paths in prop::collection::vec(some_path(), 0..4)) {
+            let user = pb::User {
+                id: Uuid::max().to_string(),
+                username: "alice".into(),
+                email: "alice@example.com".into(),
+                display_name: "Alice".into(),
+                ..Default::default()
+            };
+            let mut fields = Fields::default();
+            let mask = Some(FieldMask { paths: paths.clone() });
+            let patch = UserPatch::parse(&mut fields, Some(user), mask, false);
+            let is_star = paths == ["*"];
+            prop_assert_eq!(fields.is_valid(), is_star || paths.iter().all(|path| PATHS.contains(&path.as_str())));
+            if fields.is_valid() {
+                let selects = |path: &str| paths.is_empty() || is_star || paths.iter().any(|p| p == path);
+                prop_assert_eq!(patch.username.is_some(), selects("username"));
+                prop_assert_eq!(patch.email.is_some(), selects("email"));
+                prop_assert_eq!(patch.display_name.is_some(), selects("display_name"));
+            }
+        }
+    }
+}

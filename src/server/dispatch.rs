@@ -257,9 +257,32 @@ impl Drop for RequestRecord {
 mod tests {
     use std::task::{Context, Poll};
 
+    use proptest::prelude::*;
     use tonic_types::StatusExt;
 
     use super::*;
+
+    proptest! {
+        #[test]
+        fn timeout_is_1_to_8_digits_and_a_unit(text: String, amount in "[0-9]{0,10}", unit in "[HMSmunhs. ]{0,2}") {
+            for text in [text, amount + &unit] {
+                let is_timeout = text.as_bytes().split_last().is_some_and(|(unit, digits)| {
+                    let is_number = (1..=8).contains(&digits.len()) && digits.iter().all(u8::is_ascii_digit);
+                    is_number && b"HMSmun".contains(unit)
+                });
+                prop_assert_eq!(parse_timeout(&text).is_some(), is_timeout);
+            }
+        }
+
+        #[test]
+        fn no_header_makes_the_parser_of_timeouts_panic(bytes: Vec<u8>) {
+            let mut headers = HeaderMap::new();
+            if let Ok(value) = http::HeaderValue::from_bytes(&bytes) {
+                headers.insert("grpc-timeout", value);
+            }
+            let _ = timeout_of(&headers);
+        }
+    }
 
     #[test]
     fn timeouts_are_parsed_as_the_protocol_defines() {

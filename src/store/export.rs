@@ -22,11 +22,13 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::config::Config;
 use crate::error::{Access, Error};
 use crate::limits::StreamLimiter;
+use crate::model::position::LogPosition;
 use crate::model::stream::Export;
 use crate::pb;
 use crate::store::change_log::{CURRENT_POSITION, position_from_rows};
 use crate::store::list;
 use crate::store::pool::{self, Db};
+use crate::store::token_keys::TokenKeyring;
 use crate::store::user_row::{user_columns, user_from_row};
 use crate::telemetry::describe;
 
@@ -37,6 +39,7 @@ const PART_SIZE: usize = 500;
 /// The exports from a database.
 pub struct Exports {
     db: Arc<Db>,
+    token_keys: Arc<TokenKeyring>,
     postgres: tokio_postgres::Config,
     limiter: StreamLimiter,
     timeout: Duration,
@@ -48,11 +51,16 @@ pub type Connections = mpsc::UnboundedReceiver<BoxFuture<'static, ()>>;
 
 impl Exports {
     /// No exports yet.
-    pub fn new(db: Arc<Db>, postgres: tokio_postgres::Config, config: &Config) -> (Self, Connections) {
+    pub fn new(
+        db: Arc<Db>,
+        token_keys: Arc<TokenKeyring>,
+        postgres: tokio_postgres::Config,
+        config: &Config,
+    ) -> (Self, Connections) {
         let (connections, receiver) = mpsc::unbounded_channel();
         let limiter = StreamLimiter::new("exports", config.max_exports);
         let timeout = Duration::from_millis(config.export_timeout_ms);
-        (Self { db, postgres, limiter, timeout, connections }, receiver)
+        (Self { db, token_keys, postgres, limiter, timeout, connections }, receiver)
     }
 
     /// Exports users: the watch token first, then the users.
@@ -61,7 +69,8 @@ impl Exports {
         export: &Export,
     ) -> Result<BoxStream<'static, Result<pb::ExportUsersResponse, Error>>, Error> {
         let session = self.open().await?;
-        let (watch_token, rows) = session.begin(export).await?;
+        let (position, rows) = session.begin(export).await?;
+        let watch_token = position.to_token(self.token_keys.keys()?.as_ref());
         let users = rows.map(move |row| user_from_row(&row.map_err(|error| session.failure(&error))?));
         let parts = users.try_chunks(PART_SIZE).map(|part| match part {
             Ok(users) => Ok(pb::ExportUsersResponse { users, ..Default::default() }),
@@ -111,8 +120,8 @@ const ALL: &str = concat!("select ", user_columns!(), " from users");
 const ALL_LIVE: &str = concat!("select ", user_columns!(), " from users where delete_time is null");
 
 impl Session {
-    /// Takes the snapshot; returns its watch token, and the users that it has.
-    async fn begin(&self, export: &Export) -> Result<(String, RowStream), Error> {
+    /// Takes the snapshot; returns its position, and the users that it has.
+    async fn begin(&self, export: &Export) -> Result<(LogPosition, RowStream), Error> {
         let timeout_ms = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
         let settings = pool::session_settings(timeout_ms, timeout_ms);
         // The whole table is read twice as fast without an index.
@@ -131,11 +140,11 @@ impl Session {
         // Releases the locks on the change log, but not the snapshot: the purge waits for the locks.
         self.client.batch_execute("rollback to snapshot").await.map_err(refused)?;
         // A standby has no position, and a watch could not continue without one.
-        let point = position_from_rows(&now)?;
+        let position = position_from_rows(&now)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;
-        Ok((point.to_token(), rows))
+        Ok((position, rows))
     }
 
     fn failure(&self, error: &tokio_postgres::Error) -> Error {

@@ -6,6 +6,7 @@ use tokio_postgres::{Row, types::ToSql};
 use crate::error::{Access, Error};
 use crate::model::page::{Key, Order, Page, Position, Selection};
 use crate::model::request::List;
+use crate::model::token::TokenKeys;
 use crate::pb;
 use crate::store::change_log::{POSITION_COLUMN_COUNT, current_position, position_from_row};
 use crate::store::pool::Db;
@@ -88,6 +89,7 @@ const PAGE_MAX_BYTES: usize = 1024 * 1024;
 /// Returns a page.
 pub async fn list(
     db: &Db,
+    keys: &TokenKeys,
     List { page, is_unfiltered, view }: &List,
 ) -> Result<pb::ListUsersResponse, Error> {
     let mut response = pb::ListUsersResponse::default();
@@ -95,7 +97,7 @@ pub async fn list(
     if page.is_first
         && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
     {
-        response.watch_token = position_from_row(row)?.map(|point| point.to_token()).unwrap_or_default();
+        response.watch_token = position_from_row(row)?.map(|point| point.to_token(keys)).unwrap_or_default();
         if *is_unfiltered {
             response.total_size_estimate = column(row, POSITION_COLUMN_COUNT)?;
         }
@@ -108,7 +110,7 @@ pub async fn list(
     response.users.truncate(len);
     let last = response.users.len().checked_sub(1).and_then(|last| rows.get(last));
     if let Some(last) = last.filter(|_| !is_last) {
-        response.next_page_token = page.token_after(&position(last, page.rest.order)?);
+        response.next_page_token = page.token_after(keys, &position(last, page.rest.order)?);
     }
     Ok(response)
 }

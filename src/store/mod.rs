@@ -11,6 +11,7 @@ pub mod lookup;
 pub mod migrate;
 pub mod pool;
 pub mod purge;
+pub mod token_keys;
 pub mod user_row;
 pub mod users;
 
@@ -24,6 +25,7 @@ pub fn statements() -> Vec<&'static str> {
         import::STATEMENTS,
         purge::STATEMENTS,
         change_log::STATEMENTS,
+        token_keys::STATEMENTS,
     ]
     .concat()
 }

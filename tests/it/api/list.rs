@@ -10,7 +10,6 @@ use std::{
 
 use prost_types::Timestamp;
 use tonic::{Code, transport::Channel};
-use user_service::model::position::LogPosition;
 use user_service::pb::{self, OrderBy, user_service_client::UserServiceClient};
 use user_service::store::list;
 use user_service::store::lookup;
@@ -224,7 +223,7 @@ async fn only_the_first_page_has_an_estimate_and_a_watch_token() {
     let first = page(&mut client, &pb::ListUsersRequest::default()).await;
     assert_eq!(first.total_size_estimate, 100);
     // The tests of watches resume from it.
-    assert!(LogPosition::from_token(&first.watch_token).is_some());
+    assert!(!first.watch_token.is_empty());
     let request = pb::ListUsersRequest { page_token: first.next_page_token, ..Default::default() };
     let second = page(&mut client, &request).await;
     assert_eq!((second.users.len(), second.total_size_estimate, second.watch_token.as_str()), (50, 0, ""));
@@ -377,10 +376,11 @@ async fn every_statement_uses_an_index_of_a_large_table() {
         admin.batch_execute("deallocate asked").await.unwrap();
         let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
         let plan = plan.join("\n");
-        // These tables have one row, nine rows, and one row for each database.
+        // These tables have one row, nine rows, one row for each database, and one or two.
         let plan =
             plan.replace("Seq Scan on user_feed", "").replace("Seq Scan on user_changes_partitions", "");
         let plan = plan.replace("Seq Scan on user_changes_seq", "").replace("Seq Scan on pg_database", "");
+        let plan = plan.replace("Seq Scan on token_keys", "");
         // The reset of the log reads all of it.
         let is_reset = sql.contains("delete from user_changes where");
         let plan = if is_reset { plan.replace("Seq Scan on user_changes", "") } else { plan };

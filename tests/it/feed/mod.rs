@@ -1,6 +1,7 @@
 //! The change feed.
 
 pub mod chaos;
+mod token_keys;
 pub mod watch;
 mod watch_backpressure;
 mod watch_filters;

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use tonic::{Code, transport::Channel};
-use user_service::model::token::{decode_token, encode_token};
 use user_service::pb::{self, user_service_client::UserServiceClient};
 
+use crate::feed::token_keys::token_keys;
 use crate::feed::watch::{Watch, from_token, insert, user_of};
 use crate::support::*;
 
@@ -39,16 +39,20 @@ async fn invalid_and_foreign_tokens_are_rejected_with_instructions() {
     }));
     bad.extend(["x", "AAAA", "%00", "\u{202e}", "' or 1=1 --"].map(str::to_owned));
     bad.push("A".repeat(100_000));
-    // Forged tokens: the checksum is valid, the position is not.
-    for text in [
-        "",
-        "1 2 3|4 5||x",
-        "1 2 3|4 5|9|",
-        "1 2 3|18446744073709551615 5||",
-        "1 2 3|1 9223372036854775807||",
-    ] {
-        bad.push(encode_token(b"watch", text.as_bytes()));
+    // Tokens of another release: the key is right, the content is not.
+    let keys = token_keys(&database).await;
+    let position = keys.decode(b"watch", &token).unwrap();
+    // A transaction in flight after the last one, and no protobuf.
+    for more in [&[0x20, 0][..], &[0x20, 0xff, 0xff, 0xff, 0xff, 0x7f], &[7]] {
+        bad.push(keys.encode(b"watch", &[&position, more].concat()));
     }
+    // A valid position in the context of another kind of token.
+    bad.push(keys.encode(b"page", &position));
+    // Another database has other keys.
+    let another = Database::migrated().await;
+    another.connect().await.batch_execute("update token_keys set key = sha256(key)").await.unwrap();
+    let another_server = Server::start(&another, &[]).await;
+    bad.push(Watch::from_now(&mut another_server.client().await).await.token);
     for token in bad {
         let rejected = Watch::resumed(&mut client, &token).await.map(drop);
         let status = assert_rejected(rejected, Code::InvalidArgument, "RESUME_TOKEN_INVALID");
@@ -68,14 +72,16 @@ async fn invalid_and_foreign_tokens_are_rejected_with_instructions() {
         let status = assert_rejected(rejected, Code::FailedPrecondition, "RESUME_TOKEN_FOREIGN");
         assert!(status.message().contains("send_initial_state"));
     };
-    // Another database of the cluster, another timeline, a position in the future.
+    // A copy of the database in the same cluster, which has its keys.
     foreign(&mut other, &token).await;
-    let text = String::from_utf8(decode_token(b"watch", &token).unwrap()).unwrap();
-    foreign(&mut client, &encode_token(b"watch", text.replacen(" 00000001|", " 00000002|", 1).as_bytes()))
-        .await;
-    let (origin, rest) = text.split_once('|').unwrap();
-    let future = format!("{origin}|9999999 {}", rest.split_once(' ').unwrap().1);
-    foreign(&mut client, &encode_token(b"watch", future.as_bytes())).await;
+    // Another timeline.
+    let mut another_timeline = position.clone();
+    let digit = position.windows(8).position(|part| part == b"00000001").unwrap() + 7;
+    another_timeline[digit] = b'2';
+    foreign(&mut client, &keys.encode(b"watch", &another_timeline)).await;
+    // A position in the future: of a repeated field that is not a list, the last value counts.
+    let future = [position.as_slice(), &[0x10, 0xff, 0xff, 0xff, 0x7f]].concat();
+    foreign(&mut client, &keys.encode(b"watch", &future)).await;
     // A database restored from a backup that is older than the token: another transaction has
     // the same id, or there is no such change.
     let admin = database.connect().await;
@@ -139,12 +145,14 @@ async fn large_transaction_is_split_and_only_its_last_message_advances_the_token
     let mut client = server.client().await;
     let mut watch = Watch::from_now(&mut client).await;
     let token = watch.token.clone();
+    let keys = token_keys(&database).await;
+    let position = |token: &str| keys.decode(b"watch", token).unwrap();
     insert(&database, "user", 1, 20_000).await;
     let mut resumed = Watch::resumed(&mut client, &token).await.unwrap();
     for watch in [&mut watch, &mut resumed] {
         let mut ids = HashSet::new();
         while ids.len() < 20_000 {
-            assert!(watch.token == token || ids.is_empty());
+            assert!(ids.is_empty() || position(&watch.token) == position(&token));
             let changes = watch.message().await.unwrap().changes;
             assert!(changes.len() <= 32, "{}", changes.len());
             ids.extend(changes.into_iter().map(|change| change.id));
