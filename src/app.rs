@@ -62,7 +62,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let addr = listener.local_addr()?;
     let (dev_postgres, postgres) = open_database(&config).await?;
 
-    let (db, abandoned) = Db::new(&config, postgres.clone(), &store::statements())?;
+    let (db, detached) = Db::new(&config, postgres.clone(), &store::statements())?;
     let db = Arc::new(db);
     let reporter = health::reporter().await;
     let statement_tasks = TaskTracker::new();
@@ -81,7 +81,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     // These outlive the other tasks: they clean up the statements and connections of
     // requests that shutdown cancels.
     let mut closers = JoinSet::new();
-    closers.spawn(pool::cancel_abandoned(abandoned));
+    closers.spawn(pool::finish_detached(detached));
     closers.spawn(export::drive(export_connections));
     let mut server = JoinSet::new();
     server.spawn({

@@ -115,7 +115,7 @@ impl Feed {
         let _permit = self.catch_up_reads.acquire().await;
         let mut connection = self.db.connection().await?;
         let size = if has_permit { LARGE_BATCH_SIZE } else { BATCH_SIZE };
-        let changes = change_log::read(connection.client_mut().ok_or(Error::Internal)?, from, size).await;
+        let changes = change_log::read(connection.reader().ok_or(Error::Internal)?, from, size).await;
         connection.release(Access::Read, changes)?
     }
 

@@ -1,6 +1,8 @@
 //! Connections to PostgreSQL: the pool, and how a statement runs on it.
 
 use std::{
+    collections::VecDeque,
+    convert::Infallible,
     io,
     sync::{
         Arc,
@@ -20,7 +22,7 @@ use futures_util::{
     stream,
 };
 use tokio::{
-    sync::{Notify, Semaphore, mpsc},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     time,
 };
 use tokio_postgres::{
@@ -35,8 +37,10 @@ use crate::telemetry::describe;
 
 /// Limit of opening a connection up to the login, and again of preparing all statements.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a statement whose caller has left may run on before it is cancelled.
+const DETACHED_MAX: Duration = Duration::from_millis(200);
 /// Limit of asking PostgreSQL to cancel a statement.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The age at which an idle connection is closed, so that connections spread over the servers
 /// behind an address, and the memory of a backend does not only grow.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
@@ -60,18 +64,15 @@ pub struct Db {
     max_waiting: usize,
     /// Limits the tasks that open connections.
     openers: Arc<Semaphore>,
-    /// Connections whose statement has lost its caller.
-    abandoned: mpsc::UnboundedSender<Object>,
+    /// Statements whose callers have left.
+    detached: mpsc::UnboundedSender<DetachedStatement>,
     /// Set once the schema is current; earlier requests are rejected.
     is_migrated: AtomicBool,
     /// How long the username that an update replaces stays held.
     pub username_hold_days: i32,
     /// Notified of every committed write, which costs the write one or two atomic operations.
-    pub committed: Notify,
+    pub committed: Arc<Notify>,
 }
-
-/// What [`cancel_abandoned`] works on.
-pub type Abandoned = mpsc::UnboundedReceiver<Object>;
 
 impl Db {
     /// A pool without connections. Every new connection prepares `statements`, so that a statement
@@ -80,7 +81,7 @@ impl Db {
         config: &Config,
         postgres: tokio_postgres::Config,
         statements: &[&'static str],
-    ) -> anyhow::Result<(Self, Abandoned)> {
+    ) -> anyhow::Result<(Self, DetachedStatements)> {
         // Fast: the driver knows that a broken connection is closed.
         let recycling_method = RecyclingMethod::Fast;
         let manager = Manager::from_config(postgres, NoTls, ManagerConfig { recycling_method });
@@ -109,17 +110,23 @@ impl Db {
             }))
             .build()
             .context("cannot build the connection pool")?;
-        let (abandoned, receiver) = mpsc::unbounded_channel();
+        let (detached, receiver) = mpsc::unbounded_channel();
+        let committed = Arc::new(Notify::new());
+        let statements = DetachedStatements {
+            receiver,
+            limit: (config.pool_size / 2).max(1),
+            committed: Arc::clone(&committed),
+        };
         let db = Self {
             pool,
             max_waiting: config.max_queued_requests,
             openers: Arc::new(Semaphore::new(config.pool_size)),
-            abandoned,
+            detached,
             is_migrated: AtomicBool::new(false),
             username_hold_days: i32::try_from(config.username_hold_days).unwrap_or(i32::MAX),
-            committed: Notify::new(),
+            committed,
         };
-        Ok((db, receiver))
+        Ok((db, statements))
     }
 
     /// Runs a statement. What it writes is committed when this returns `Ok`.
@@ -192,7 +199,7 @@ impl Db {
             None => self.pool.get().await,
         };
         match got {
-            Ok(object) => Ok(Connection { object: Some(object), is_idle: true, db: self }),
+            Ok(object) => Ok(Connection { object: Some(object), running: None, db: self }),
             Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Overloaded),
             Err(error) => {
                 // The health check logs the loss of the database, once.
@@ -251,12 +258,13 @@ impl Db {
     }
 }
 
-/// A pooled connection. If its future is dropped while a statement runs, PostgreSQL is asked to
-/// cancel the statement, and the connection is closed.
+/// A pooled connection. If its future is dropped while a statement runs, the statement is
+/// detached: it may finish within [`DETACHED_MAX`].
 pub(crate) struct Connection<'a> {
     /// Taken when the connection is discarded.
     object: Option<Object>,
-    is_idle: bool,
+    /// What the statement that runs does with the data.
+    running: Option<Access>,
     db: &'a Db,
 }
 
@@ -269,7 +277,8 @@ impl Connection<'_> {
         params: Params<'_>,
         is_accepted: Option<IsAccepted>,
     ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        let Some(client) = self.client_mut() else { return Ok(Vec::new()) };
+        self.running = Some(access);
+        let Some(client) = self.object.as_deref_mut() else { return Ok(Vec::new()) };
         let never: IsAccepted = |_| false;
         let is_accepted = if access == Access::DryRun { Some(never) } else { is_accepted };
         if let Some(is_accepted) = is_accepted {
@@ -286,9 +295,9 @@ impl Connection<'_> {
         client.query(&statement, params).await
     }
 
-    /// The connection, which is busy until [`Connection::release`].
-    pub(crate) fn client_mut(&mut self) -> Option<&mut ClientWrapper> {
-        self.is_idle = false;
+    /// The connection, to read with; it is busy until [`Connection::release`].
+    pub(crate) fn reader(&mut self) -> Option<&mut ClientWrapper> {
+        self.running = Some(Access::Read);
         self.object.as_deref_mut()
     }
 
@@ -298,7 +307,7 @@ impl Connection<'_> {
         access: Access,
         result: Result<T, tokio_postgres::Error>,
     ) -> Result<T, Error> {
-        self.is_idle = true;
+        self.running = None;
         let error = match result {
             Ok(done) => return Ok(done),
             Err(error) => error,
@@ -320,34 +329,86 @@ impl Connection<'_> {
 
     /// Closes the connection.
     fn discard(&mut self) {
-        self.is_idle = true;
+        self.running = None;
         self.object.take().map(Object::take);
     }
 }
 
 impl Drop for Connection<'_> {
     fn drop(&mut self) {
-        if !self.is_idle
+        if let Some(access) = self.running
             && let Some(object) = self.object.take()
         {
             // Without a receiver the service is stopping, and dropping the object closes the
             // connection.
-            let _ = self.db.abandoned.send(object);
+            let _ = self.db.detached.send(DetachedStatement { object, access });
         }
     }
 }
 
-/// Cancels statements that have lost their caller, and closes their connections, because a late
-/// cancellation must not hit the next statement. Each counts for the size of the pool until
-/// then.
-pub async fn cancel_abandoned(abandoned: Abandoned) {
-    stream::unfold(abandoned, async |mut receiver| receiver.recv().await.map(|object| (object, receiver)))
-        .for_each_concurrent(None, async |object| {
-            let cancelled = time::timeout(CANCEL_TIMEOUT, object.cancel_token().cancel_query(NoTls)).await;
-            tracing::debug!(cancelled = matches!(cancelled, Ok(Ok(()))), "statement cancelled");
-            drop(Object::take(object));
+/// A statement whose caller has left, on its connection. What its caller would have sent next
+/// is not sent; an open transaction is rolled back.
+struct DetachedStatement {
+    object: Object,
+    access: Access,
+}
+
+/// What [`finish_detached`] works on.
+pub struct DetachedStatements {
+    receiver: mpsc::UnboundedReceiver<DetachedStatement>,
+    /// How many may run at the same time.
+    limit: usize,
+    committed: Arc<Notify>,
+}
+
+/// Lets detached statements finish, which most do in a moment, and returns their connections to
+/// the pool. A cancelled request costs no connection that way. At most half of the pool is used
+/// for it: one more ends the wait for the oldest. Returns when the database is dropped and
+/// every statement has ended.
+pub async fn finish_detached(statements: DetachedStatements) {
+    let DetachedStatements { receiver, limit, committed } = statements;
+    let mut running = VecDeque::<oneshot::Sender<Infallible>>::new();
+    stream::unfold(receiver, async |mut receiver| receiver.recv().await.map(|next| (next, receiver)))
+        .map(|statement| {
+            running.retain(|earlier| !earlier.is_closed());
+            if running.len() >= limit {
+                running.pop_front();
+            }
+            let (this, overtaken) = oneshot::channel();
+            running.push_back(this);
+            statement.finish(overtaken, &committed)
         })
+        .for_each_concurrent(None, |finished| finished)
         .await;
+}
+
+impl DetachedStatement {
+    /// Waits until the statement has ended, and cancels it if it takes too long. Its connection
+    /// is closed then, because a late cancellation must not hit the next statement. It counts for
+    /// the size of the pool until the end.
+    async fn finish(self, overtaken: oneshot::Receiver<Infallible>, committed: &Notify) {
+        let Self { object, access } = self;
+        let is_open = tokio::select! {
+            // PostgreSQL answers it when it has done everything that was sent before.
+            answer = object.check_connection() => Some(answer.is_ok()),
+            () = time::sleep(DETACHED_MAX) => None,
+            _ = overtaken => None,
+        };
+        match is_open {
+            Some(is_open) => {
+                tracing::debug!(is_open, "detached statement finished");
+                if access == Access::Write {
+                    committed.notify_one();
+                }
+            }
+            None => {
+                let cancelled =
+                    time::timeout(CANCEL_TIMEOUT, object.cancel_token().cancel_query(NoTls)).await;
+                tracing::debug!(cancelled = matches!(cancelled, Ok(Ok(()))), "detached statement cancelled");
+                drop(Object::take(object));
+            }
+        }
+    }
 }
 
 /// The session settings of each connection. Generic plans are made on empty tables, so indexes

@@ -3,3 +3,4 @@
 mod dev_postgres;
 mod faults;
 mod migrations;
+mod pool;
