@@ -3,7 +3,7 @@
 //! waits long for it. An advisory lock, held for one statement, lets one replica at a time do
 //! it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time;
 
@@ -111,10 +111,14 @@ pub async fn run(db: &Db, config: &Config) {
 async fn purge(db: &Db, sql: &'static str, params: Params<'_>) -> Result<i64, Error> {
     let mut total: i64 = 0;
     loop {
+        let started = Instant::now();
         let rows = db.run(Access::Write, sql, params).await?;
         match rows.first().map_or(Ok(0), |row| column(row, 0))? {
             0 => return Ok(total),
             count => total += count,
         }
+        // Requests have the connection for as long as the batch had it. A batch that took long
+        // because the server is busy is followed by a long pause.
+        time::sleep(started.elapsed()).await;
     }
 }
