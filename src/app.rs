@@ -26,6 +26,7 @@ use crate::server::dispatch::{GrpcService, NamedService};
 use crate::server::listener;
 use crate::store;
 use crate::store::change_log;
+use crate::store::connect;
 use crate::store::dev_postgres::Embedded;
 use crate::store::export::{self, Exports};
 use crate::store::migrate;
@@ -62,7 +63,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let addr = listener.local_addr()?;
     let (dev_postgres, postgres) = open_database(&config).await?;
 
-    let (db, detached) = Db::new(&config, postgres.clone(), &store::statements())?;
+    let (db, detached) = Db::new(&config, postgres.clone(), store::statements())?;
     let db = Arc::new(db);
     let reporter = health::reporter().await;
     let statement_tasks = TaskTracker::new();
@@ -137,7 +138,7 @@ async fn maintain_database(
 ) -> anyhow::Result<()> {
     prepare_database(&postgres, &db).await?;
     tokio::join!(
-        health::watch_database(&postgres, &reporter),
+        health::watch_database(&postgres, &db, &reporter),
         db.prewarm(),
         db.retire_connections(),
         purge::run(&db, &config),
@@ -163,7 +164,7 @@ async fn open_database(config: &Config) -> anyhow::Result<(Option<Embedded>, tok
         None => Some(Embedded::start(&config.data_dir()).await?),
     };
     let postgres = config.database_url.clone().or_else(|| dev_postgres.as_ref().map(Embedded::config));
-    Ok((dev_postgres, pool::with_timeouts(postgres.context("no database")?)))
+    Ok((dev_postgres, connect::with_timeouts(postgres.context("no database")?)))
 }
 
 /// Migrates and verifies the database. Waits without limit for an unavailable database;
@@ -172,15 +173,17 @@ async fn prepare_database(postgres: &tokio_postgres::Config, db: &Db) -> anyhow:
     let mut delay = RETRY_DELAY_MIN;
     loop {
         let Err(error) = async {
+            connect::verify_server(postgres).await?;
             migrate::migrate(postgres).await?;
             change_log::reset_origin(postgres).await?;
+            change_log::verify(db).await?;
             db.verify_schema().await
         }
         .await
         else {
             return Ok(());
         };
-        if !pool::is_transient(&error) {
+        if !connect::is_transient(&error) {
             return Err(error.context("cannot prepare the database"));
         }
         tracing::warn!(

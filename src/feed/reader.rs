@@ -130,6 +130,7 @@ impl Feed {
             if let Some(error) = error.downcast_ref() {
                 self.db.invalidate_statements(error);
             }
+            self.db.suspected.notify_one();
             // While PostgreSQL is down, attempts fail at once and are not worth a warning each.
             if started.elapsed() > RECONNECT_DELAY {
                 tracing::warn!(error = describe(error.as_ref()), "feed interrupted");

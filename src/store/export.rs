@@ -25,8 +25,9 @@ use crate::limits::StreamLimiter;
 use crate::model::stream::Export;
 use crate::pb;
 use crate::store::change_log::{CURRENT_POSITION, position_from_rows};
+use crate::store::connect::{connect, session_settings, set_up};
 use crate::store::list;
-use crate::store::pool::{self, Db};
+use crate::store::pool::Db;
 use crate::store::user_row::{user_columns, user_from_row};
 use crate::telemetry::describe;
 
@@ -75,7 +76,7 @@ impl Exports {
         self.db.ensure_migrated()?;
         let permit = self.limiter.acquire()?;
         let started = Instant::now();
-        let (client, connection) = pool::connect(&self.postgres).await.map_err(|error| {
+        let (client, connection) = connect(&self.postgres).await.map_err(|error| {
             tracing::debug!(error = describe(error.as_ref()), "no connection");
             Error::DatabaseUnavailable
         })?;
@@ -114,7 +115,8 @@ impl Session {
     /// Takes the snapshot; returns its watch token, and the users that it has.
     async fn begin(&self, export: &Export) -> Result<(String, RowStream), Error> {
         let timeout_ms = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
-        let settings = pool::session_settings(timeout_ms, timeout_ms);
+        let refused = |error| self.failure(&error);
+        set_up(&self.client, &session_settings(timeout_ms, timeout_ms)).await.map_err(refused)?;
         // The whole table is read twice as fast without an index.
         let (scan, sql, params) = match export {
             Export::All { include_deleted: true } => ("on", ALL, Vec::new()),
@@ -122,17 +124,23 @@ impl Session {
             Export::Filtered(list) => ("off", list::statement(list), list::params(list, &None)),
         };
         let begin = format!(
-            "{settings} set enable_seqscan = {scan}; begin isolation level repeatable read read only;"
+            "set enable_seqscan = {scan}; begin isolation level repeatable read read only; savepoint position;"
         );
-        let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
-        let now = self.client.query(CURRENT_POSITION, &[]).await.map_err(refused)?;
-        // A standby has no position, and a watch could not continue without one.
-        let point = position_from_rows(&now)?;
+        let watch_token = match self.client.query(CURRENT_POSITION, &[]).await.map_err(refused) {
+            // A standby has no position, and a watch could not continue without one.
+            Ok(rows) => position_from_rows(&rows)?.to_token(),
+            // A server that does not tell the position still has the users.
+            Err(Error::Internal) => {
+                self.client.batch_execute("rollback to savepoint position").await.map_err(refused)?;
+                String::new()
+            }
+            Err(error) => return Err(error),
+        };
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;
-        Ok((point.to_token(), rows))
+        Ok((watch_token, rows))
     }
 
     fn failure(&self, error: &tokio_postgres::Error) -> Error {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future;
 use tokio::time;
 
-use crate::store::pool::connect;
+use crate::store::connect::{PIN_SCHEMA, connect};
 
 /// How long a migration waits for a table lock. Requests queue behind it meanwhile, and have
 /// `LOCK_TIMEOUT_MS` for that.
@@ -32,7 +32,9 @@ pub async fn migrate(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
         while !lock.query_one("select pg_try_advisory_lock($1)", &[&MIGRATION_LOCK]).await?.try_get(0)? {
             time::sleep(MIGRATION_POLL).await;
         }
-        client.batch_execute(&format!("set lock_timeout = {MIGRATION_LOCK_TIMEOUT_MS}")).await?;
+        client
+            .batch_execute(&format!("set lock_timeout = {MIGRATION_LOCK_TIMEOUT_MS}; {PIN_SCHEMA}"))
+            .await?;
         let report =
             embedded_migrations::migrations::runner().set_abort_missing(false).run_async(&mut client).await?;
         for migration in report.applied_migrations() {
