@@ -20,8 +20,9 @@ pub const DEFAULT_LISTEN_ADDR: &str = "127.0.0.1:50051";
 /// Every setting. Each is a flag and an environment variable; the flag takes precedence.
 #[derive(Debug, Clone, Args)]
 pub struct Config {
-    /// The PostgreSQL to use, 14 or later, as a URL or `key=value` pairs. Unset: a private
-    /// PostgreSQL is started from the server binaries of this machine.
+    /// The PostgreSQL to use, 14 or later, as a URL or `key=value` pairs; several hosts are tried
+    /// in their order. Unset: a private PostgreSQL is started from the server binaries of this
+    /// machine.
     #[arg(long, env, hide_env_values = true, value_parser = parse_database_url)]
     pub database_url: Option<tokio_postgres::Config>,
 

@@ -314,7 +314,7 @@ impl fmt::Display for Unusable {
             Self::ReadOnly => "the server is read-only: default_transaction_read_only is on",
             Self::SharedSessions => {
                 "a session does not keep its settings between transactions: DATABASE_URL leads to a \
-                 connection pooler in transaction mode; use its session mode or connect to PostgreSQL itself"
+                 connection pooler in transaction or statement mode; use its session mode or connect to PostgreSQL itself"
             }
         })
     }
@@ -373,7 +373,13 @@ async fn verify_sessions(first: &Client, second: &Client) -> anyhow::Result<()> 
     first.batch_execute(&format!("set user_service.session = '{id}'")).await?;
     let is_id = |row: Vec<String>| row.first() == Some(&id);
     let is_kept = is_id(first_row(first, SETTING).await?);
-    second.batch_execute("begin").await?;
+    match second.batch_execute("begin").await {
+        // What a pooler in statement mode says.
+        Err(error) if error.code() == Some(&SqlState::PROTOCOL_VIOLATION) => {
+            return Err(Unusable::SharedSessions.into());
+        }
+        begun => begun?,
+    }
     // The order matters: a pooler with one session would have none left for the first client.
     let is_shared =
         !is_kept || is_id(first_row(second, SETTING).await?) || !is_id(first_row(first, SETTING).await?);

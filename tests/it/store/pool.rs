@@ -3,10 +3,10 @@
 use std::{
     collections::BTreeSet,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -77,6 +77,50 @@ async fn cancelled_requests_cost_no_connections_and_leave_no_transactions() {
     // A statement that takes longer than 200 ms, on a busy machine, costs its connection.
     let opened = sessions(&database).await.difference(&before).count();
     assert!(opened < DETACHED / 20, "{opened} connections for {} cancelled statements", finished());
+}
+
+#[tokio::test]
+async fn cancelled_requests_cost_others_no_more_than_completed_ones() {
+    const WORKERS: usize = 8;
+    const CALLS: usize = 60;
+    let database = Database::migrated().await;
+    // Fewer connections than requests: what a cancelled one costs, others wait for.
+    let server = Server::start(&database, &[("POOL_SIZE", "4")]).await;
+    let (client, hedges) = (server.client().await, server.client().await);
+    let id = created(&mut client.clone(), "alice").await.id;
+    // How long it takes to make calls, each beside two others that are cancelled or not.
+    let run = async |is_cancelled: bool| {
+        let started = Instant::now();
+        join_all((0..WORKERS).map(|_| async {
+            for n in 0..CALLS {
+                let hedges = join_all((0..2).map(|hedge| {
+                    let (mut client, id) = (hedges.clone(), id.clone());
+                    // Spread over the time that a call takes.
+                    let delay = Duration::from_micros(300 * ((n + 10 * hedge) % 20) as u64 + 200);
+                    async move {
+                        let call = client.get_user(by_id(&id));
+                        if is_cancelled { drop(time::timeout(delay, call).await) } else { drop(call.await) }
+                    }
+                }));
+                let mut client = client.clone();
+                let (call, _) = join(client.get_user(by_id(&id)), hedges).await;
+                call.unwrap();
+            }
+        }))
+        .await;
+        started.elapsed()
+    };
+    run(false).await;
+    let (mut completed, mut cancelled) = (Duration::ZERO, Duration::ZERO);
+    for _ in 0..3 {
+        completed += run(false).await;
+        cancelled += run(true).await;
+    }
+    assert!(logged(&server, "detached statement finished") > 100);
+    assert!(
+        cancelled < completed * 2,
+        "{cancelled:?} with cancelled calls, {completed:?} with completed ones"
+    );
 }
 
 #[tokio::test]
