@@ -21,6 +21,7 @@ use user_service::store::dev_postgres::Embedded;
 use user_service::store::migrate;
 
 use crate::feed::watch::Watch;
+use crate::server::clients::tool;
 use crate::support::*;
 
 /// The service's sessions.
@@ -77,6 +78,19 @@ async fn cancelled_requests_cost_no_connections_and_leave_no_transactions() {
     // A statement that takes longer than 200 ms, on a busy machine, costs its connection.
     let opened = sessions(&database).await.difference(&before).count();
     assert!(opened < DETACHED / 20, "{opened} connections for {} cancelled statements", finished());
+}
+
+#[tokio::test]
+async fn requests_that_grpcio_cancels_cost_no_connections() {
+    let (server, database) = server().await;
+    let before = sessions(&database).await;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/cancel.py");
+    let output = tool("venv/bin/python").args([script, &server.addr]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let finished = logged(&server, "detached statement finished");
+    assert!(finished > 0);
+    let opened = sessions(&database).await.difference(&before).count();
+    assert!(opened <= finished / 20, "{opened} connections for {finished} cancelled statements");
 }
 
 #[tokio::test]
@@ -180,12 +194,12 @@ async fn slow_answer_closes_no_connection_and_is_no_outage() {
     let proxy = Proxy::to(&database).await;
     let server = Server::start(&proxy.database(), &[]).await;
     let before = sessions(&database).await;
-    proxy.hold_answers();
+    proxy.hold_responses();
     eventually("a check has failed", async || {
         (logged(&server, "the database check failed") > 0).then_some(())
     })
     .await;
-    proxy.pass_on();
+    proxy.release_responses();
     let mut client = server.client().await;
     created(&mut client, "alice").await;
     assert_eq!(server.health("").await, Some(ServingStatus::Serving));
@@ -383,7 +397,7 @@ async fn isolation_level_and_schema_do_not_depend_on_defaults_of_the_database() 
     let database = Database::migrated().await;
     let admin = database.connect().await;
     let defaults = format!(
-        "alter database {0} set default_transaction_isolation = 'repeatable read';
+        "alter database {0} set default_transaction_isolation = 'serializable';
          alter database {0} set search_path = other, public;
          create schema other;
          create table other.users (id integer)",
@@ -401,8 +415,11 @@ async fn isolation_level_and_schema_do_not_depend_on_defaults_of_the_database() 
         async move { client.update_user(rename(&id, "New")).await }
     });
     eventually("it waits for the row", async || (database.count(WAITING).await == 1).then_some(())).await;
+    // What a serializable transaction has read.
+    let serializable = "select count(*) from pg_locks join pg_stat_activity using (pid)
+        where mode = 'SIReadLock' and datname = current_database()";
+    assert_eq!(database.count(serializable).await, 0);
     holder.batch_execute("commit").await.unwrap();
-    // In the isolation level of the default, this would be a serialization failure.
     call.await.unwrap().unwrap();
     let tables = "select count(*) from pg_class where relname = 'users' or relname = 'user_feed'";
     assert_eq!(database.count(tables).await, 3);
