@@ -96,7 +96,7 @@ async fn requests_that_grpcio_cancels_cost_no_connections() {
 #[tokio::test]
 async fn cancelled_requests_cost_others_no_more_than_completed_ones() {
     const WORKERS: usize = 8;
-    const CALLS: usize = 60;
+    const CALLS: usize = 20;
     let database = Database::migrated().await;
     // Fewer connections than requests: what a cancelled one costs, others wait for.
     let server = Server::start(&database, &[("POOL_SIZE", "4")]).await;
@@ -124,24 +124,23 @@ async fn cancelled_requests_cost_others_no_more_than_completed_ones() {
         .await;
         started.elapsed()
     };
-    run(false).await;
     let (mut completed, mut cancelled) = (Duration::ZERO, Duration::ZERO);
-    for _ in 0..3 {
+    for _ in 0..2 {
         completed += run(false).await;
         cancelled += run(true).await;
     }
-    assert!(logged(&server, "detached statement finished") > 100);
     assert!(
         cancelled < completed * 2,
         "{cancelled:?} with cancelled calls, {completed:?} with completed ones"
     );
+    assert!(logged(&server, "detached statement finished") > 10);
 }
 
 #[tokio::test]
 async fn statement_that_hangs_without_its_caller_is_cancelled_and_its_connection_replaced() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("POOL_SIZE", "2")]).await;
-    let client = server.patient_client();
+    let client = server.client_ignoring_deadlines();
     let id = created(&mut server.client().await, "alice").await.id;
     let before = sessions(&database).await;
     let holder = database.connect().await;
@@ -248,7 +247,7 @@ async fn read_only_primary_is_not_ready_and_leaves_no_read_only_connection() {
     server.wait_until("", ServingStatus::NotServing).await;
     assert!(server.log().contains("the server is read-only"));
     let response = client.update_user(rename(&id, "New")).await;
-    assert_refused(response, Code::Unavailable, "DATABASE_UNAVAILABLE");
+    assert_rejected(response, Code::Unavailable, "DATABASE_UNAVAILABLE");
     client.get_user(by_id(&id)).await.unwrap();
     alter_system(&database, "reset default_transaction_read_only").await;
     server.wait_until("", ServingStatus::Serving).await;
