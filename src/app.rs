@@ -25,6 +25,7 @@ use crate::server::dispatch::{GrpcService, NamedService};
 use crate::server::listener;
 use crate::store;
 use crate::store::change_log;
+use crate::store::connect;
 use crate::store::dev_postgres::Embedded;
 use crate::store::export::{self, Exports};
 use crate::store::migrate;
@@ -62,7 +63,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let addr = listener.local_addr()?;
     let (dev_postgres, postgres) = open_database(&config).await?;
 
-    let (db, abandoned) = Db::new(&config, postgres.clone(), &store::statements())?;
+    let (db, detached) = Db::new(&config, postgres.clone(), store::statements())?;
     let (db, token_keys) = (Arc::new(db), Arc::new(TokenKeyring::default()));
     let reporter = health::reporter().await;
     let statement_tasks = TaskTracker::new();
@@ -82,7 +83,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     // These outlive the other tasks: they clean up the statements and connections of
     // requests that shutdown cancels.
     let mut closers = JoinSet::new();
-    closers.spawn(pool::cancel_abandoned(abandoned));
+    closers.spawn(pool::finish_detached(detached));
     closers.spawn(export::drive(export_connections));
     let mut server = JoinSet::new();
     server.spawn({
@@ -139,7 +140,7 @@ async fn maintain_database(
 ) -> anyhow::Result<()> {
     prepare_database(&postgres, &db, &token_keys, config.migrate_on_start).await?;
     tokio::join!(
-        health::watch_database(&postgres, &reporter),
+        health::watch_database(&postgres, &db, &reporter),
         db.prewarm(),
         db.retire_connections(),
         purge::run(&db, &config),
@@ -166,7 +167,7 @@ async fn open_database(config: &Config) -> anyhow::Result<(Option<Embedded>, tok
         None => Some(Embedded::start(&config.data_dir()).await?),
     };
     let postgres = config.database_url.clone().or_else(|| dev_postgres.as_ref().map(Embedded::config));
-    Ok((dev_postgres, pool::with_timeouts(postgres.context("no database")?)))
+    Ok((dev_postgres, connect::with_timeouts(postgres.context("no database")?)))
 }
 
 /// Migrates or checks the schema, and verifies the database. Waits without limit for an unavailable database;
@@ -180,11 +181,13 @@ async fn prepare_database(
     let mut delay = RETRY_DELAY_MIN;
     loop {
         let Err(error) = async {
+            connect::verify_server(postgres).await?;
             match migrate_on_start {
                 true => migrate::migrate(postgres).await?,
                 false => migrate::check(postgres).await?,
             }
             change_log::reset_origin(postgres).await?;
+            change_log::verify(db).await?;
             token_keys.load(postgres).await?;
             db.verify_schema().await
         }
@@ -192,7 +195,7 @@ async fn prepare_database(
         else {
             return Ok(());
         };
-        if !pool::is_transient(&error) {
+        if !connect::is_transient(&error) {
             return Err(error.context("cannot prepare the database"));
         }
         tracing::warn!(

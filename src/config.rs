@@ -11,7 +11,7 @@ use clap::{
     ArgAction, Args, ValueEnum,
     builder::{RangedU64ValueParser, TypedValueParser},
 };
-use tokio_postgres::config::SslMode;
+use tokio_postgres::config::{SslMode, TargetSessionAttrs};
 use tracing_subscriber::EnvFilter;
 
 /// `LISTEN_ADDR`, if it is unset.
@@ -20,8 +20,9 @@ pub const DEFAULT_LISTEN_ADDR: &str = "127.0.0.1:50051";
 /// Every setting. Each is a flag and an environment variable; the flag takes precedence.
 #[derive(Debug, Clone, Args)]
 pub struct Config {
-    /// The PostgreSQL to use, 14 or later, as a URL or `key=value` pairs. Unset: a private
-    /// PostgreSQL is started from the server binaries of this machine.
+    /// The PostgreSQL to use, 14 or later, as a URL or `key=value` pairs; several hosts are tried
+    /// in their order. Unset: a private PostgreSQL is started from the server binaries of this
+    /// machine.
     #[arg(long, env, hide_env_values = true, value_parser = parse_database_url)]
     pub database_url: Option<tokio_postgres::Config>,
 
@@ -193,19 +194,41 @@ fn parse_log_filter(text: &str) -> Result<String, String> {
     EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
+/// What is wrong with options that ask for TLS.
+const NO_TLS: &str = "asks for TLS to PostgreSQL, which is not built in: sslmode can be `disable`, or \
+    `prefer`, which connects without TLS too; other options of TLS are not known";
+/// What is wrong with a kind of server that the service cannot use.
+const NEEDS_PRIMARY: &str = "asks for a server that may be a standby, but the service writes: \
+    target_session_attrs can be `read-write`, which finds the primary of several hosts, or `any`";
+
 fn parse_database_url(text: &str) -> Result<tokio_postgres::Config, String> {
     if text.is_empty() {
         return Err("is empty; unset it to use a private PostgreSQL".into());
     }
     let config: tokio_postgres::Config = text.parse().map_err(|error: tokio_postgres::Error| {
         // The source names the invalid part, but not its value, which can be a password.
-        std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string)
+        let what = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        match () {
+            () if what.contains("`target_session_attrs`") => NEEDS_PRIMARY.into(),
+            () if what.contains("`ssl") && !what.contains("`sslnegotiation`") => NO_TLS.into(),
+            () => what,
+        }
     })?;
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
         return Err("has no host".into());
     }
+    let (hosts, addresses) = (config.get_hosts().len(), config.get_hostaddrs().len());
+    if hosts != 0 && addresses != 0 && hosts != addresses {
+        return Err(format!("has {hosts} hosts, but {addresses} addresses in hostaddr"));
+    }
+    if ![0, 1, hosts.max(addresses)].contains(&config.get_ports().len()) {
+        return Err("has neither one port nor a port for each host".into());
+    }
     if config.get_ssl_mode() == SslMode::Require {
-        return Err("sslmode=require: TLS to PostgreSQL is not built in".into());
+        return Err(NO_TLS.into());
+    }
+    if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
+        return Err(NEEDS_PRIMARY.into());
     }
     Ok(config)
 }

@@ -37,7 +37,8 @@
 //!   change log are written together or not at all. Nothing is read first and written later. An
 //!   atomic batch is committed only if all of its items were done.
 //! - An acknowledged change is committed. A response to a change whose outcome is unknown says so.
-//! - A statement whose caller has left is cancelled, and its connection is closed.
+//! - A statement whose caller has left has 200 ms to finish. Only then is it cancelled, and its
+//!   connection closed.
 //! - Invalid input is rejected, never corrected. Errors do not echo it.
 //! - Personal data is in the tables `users` and `username_holds` and nowhere else: not in the
 //!   change log, not beside request ids or chunks of imports, not in any log line.

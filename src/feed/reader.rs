@@ -118,7 +118,8 @@ impl Feed {
         let _permit = self.catch_up_reads.acquire().await;
         let mut connection = self.db.connection().await?;
         let size = if has_permit { LARGE_BATCH_SIZE } else { BATCH_SIZE };
-        let changes = change_log::read(connection.client_mut().ok_or(Error::Internal)?, from, size).await;
+        let changes =
+            change_log::read(connection.client_mut(Access::Read).ok_or(Error::Internal)?, from, size).await;
         connection.release(Access::Read, changes)?
     }
 
@@ -133,6 +134,7 @@ impl Feed {
             if let Some(error) = error.downcast_ref() {
                 self.db.invalidate_statements(error);
             }
+            self.db.suspected.notify_one();
             // While PostgreSQL is down, attempts fail at once and are not worth a warning each.
             if started.elapsed() > RECONNECT_DELAY {
                 tracing::warn!(error = describe(error.as_ref()), "feed interrupted");

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use anyhow::Context;
 use deadpool_postgres::{ClientWrapper, Transaction};
 use futures_util::future;
 use prost::bytes::BytesMut;
@@ -23,7 +24,8 @@ use uuid::Uuid;
 use crate::error::{Access, Error};
 use crate::model::position::{LogPosition, LogState, TransactionStamp};
 use crate::pb;
-use crate::store::pool::{self, Db, Params};
+use crate::store::connect::{PIN_SCHEMA, connect, connection_lost};
+use crate::store::pool::{Db, Params};
 use crate::store::user_row::{ID, column, user_columns};
 use crate::telemetry::describe;
 
@@ -34,8 +36,9 @@ pub const STATEMENTS: &[&str] =
 /// How often the origin of the log is compared with the database.
 const ORIGIN_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A subquery that returns the position of its snapshot. The origin is null on a standby,
-/// whose snapshots do not contain all transactions in flight. There is no row if the log
+/// A subquery that returns the position of its snapshot. The timeline is a setting of the
+/// session, see `connect.rs`. The origin is null on a standby, whose snapshots do not contain all
+/// transactions in flight. There is no row if the log
 /// belongs to another database. `feed.origin` has a third word after a reset.
 macro_rules! current_position {
     ($more:literal) => {
@@ -43,7 +46,7 @@ macro_rules! current_position {
             "(
     select
         case when not pg_is_in_recovery()
-            then feed.origin || ' ' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
+            then feed.origin || ' ' || nullif(current_setting('user_service.timeline', true), '')
         end as origin,
         pg_current_snapshot()::text as snapshot,
         ",
@@ -102,13 +105,25 @@ with here as (
 )
 select from reset";
 
+/// Checks that the position can be read, before requests need it.
+pub async fn verify(db: &Db) -> anyhow::Result<()> {
+    let client = db.own_connection().await?;
+    let position = client.prepare_cached(CURRENT_POSITION).await?;
+    let read = client.query(&position, &[]).await;
+    read.context("cannot read the position in the change log").map(drop)
+}
+
 /// Resets the change log if it belongs to another database.
 pub async fn reset_origin(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
     // A connection outside the pool has no request timeout: the log can be large.
-    let (client, connection) = pool::connect(postgres).await?;
+    let (client, connection) = connect(postgres).await?;
+    let reset = async {
+        client.batch_execute(PIN_SCHEMA).await?;
+        client.query(RESET_ORIGIN, &[]).await
+    };
     let reset = tokio::select! {
-        reset = client.query(RESET_ORIGIN, &[]) => reset?,
-        () = connection => return Err(pool::connection_lost().into()),
+        reset = reset => reset.context("cannot compare the change log with pg_control_system()")?,
+        () = connection => return Err(connection_lost().into()),
     };
     if !reset.is_empty() {
         tracing::warn!("change log of another database emptied; existing resume tokens are invalid");

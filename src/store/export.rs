@@ -26,8 +26,9 @@ use crate::model::position::LogPosition;
 use crate::model::stream::Export;
 use crate::pb;
 use crate::store::change_log::{CURRENT_POSITION, position_from_rows};
+use crate::store::connect::{connect, session_settings, set_up};
 use crate::store::list;
-use crate::store::pool::{self, Db};
+use crate::store::pool::Db;
 use crate::store::token_keys::TokenKeyring;
 use crate::store::user_row::{user_columns, user_from_row};
 use crate::telemetry::describe;
@@ -70,7 +71,8 @@ impl Exports {
     ) -> Result<BoxStream<'static, Result<pb::ExportUsersResponse, Error>>, Error> {
         let session = self.open().await?;
         let (position, rows) = session.begin(export).await?;
-        let watch_token = position.to_token(self.token_keys.keys()?.as_ref());
+        let keys = self.token_keys.keys()?;
+        let watch_token = position.map(|position| position.to_token(keys.as_ref())).unwrap_or_default();
         let users = rows.map(move |row| user_from_row(&row.map_err(|error| session.failure(&error))?));
         let parts = users.try_chunks(PART_SIZE).map(|part| match part {
             Ok(users) => Ok(pb::ExportUsersResponse { users, ..Default::default() }),
@@ -84,7 +86,7 @@ impl Exports {
         self.db.ensure_migrated()?;
         let permit = self.limiter.acquire()?;
         let started = Instant::now();
-        let (client, connection) = pool::connect(&self.postgres).await.map_err(|error| {
+        let (client, connection) = connect(&self.postgres).await.map_err(|error| {
             tracing::debug!(error = describe(error.as_ref()), "no connection");
             Error::DatabaseUnavailable
         })?;
@@ -120,10 +122,11 @@ const ALL: &str = concat!("select ", user_columns!(), " from users");
 const ALL_LIVE: &str = concat!("select ", user_columns!(), " from users where delete_time is null");
 
 impl Session {
-    /// Takes the snapshot; returns its position, and the users that it has.
-    async fn begin(&self, export: &Export) -> Result<(LogPosition, RowStream), Error> {
+    /// Takes the snapshot; returns its position, if the server tells it, and the users that it has.
+    async fn begin(&self, export: &Export) -> Result<(Option<LogPosition>, RowStream), Error> {
         let timeout_ms = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
-        let settings = pool::session_settings(timeout_ms, timeout_ms);
+        let refused = |error| self.failure(&error);
+        set_up(&self.client, &session_settings(timeout_ms, timeout_ms)).await.map_err(refused)?;
         // The whole table is read twice as fast without an index.
         let (scan, sql, params) = match export {
             Export::All { include_deleted: true } => ("on", ALL, Vec::new()),
@@ -131,16 +134,18 @@ impl Session {
             Export::Filtered(list) => ("off", list::statement(list), list::params(list, &None)),
         };
         let begin = format!(
-            "{settings} set enable_seqscan = {scan}; begin isolation level repeatable read read only;
-            savepoint snapshot;"
+            "set enable_seqscan = {scan}; begin isolation level repeatable read read only; savepoint snapshot;"
         );
-        let refused = |error| self.failure(&error);
         self.client.batch_execute(&begin).await.map_err(refused)?;
-        let now = self.client.query(CURRENT_POSITION, &[]).await.map_err(refused)?;
+        let position = match self.client.query(CURRENT_POSITION, &[]).await.map_err(refused) {
+            // A standby has no position, and a watch could not continue without one.
+            Ok(rows) => Some(position_from_rows(&rows)?),
+            // A server that does not tell the position still has the users.
+            Err(Error::Internal) => None,
+            Err(error) => return Err(error),
+        };
         // Releases the locks on the change log, but not the snapshot: the purge waits for the locks.
         self.client.batch_execute("rollback to snapshot").await.map_err(refused)?;
-        // A standby has no position, and a watch could not continue without one.
-        let position = position_from_rows(&now)?;
         let statement = self.client.prepare(sql).await.map_err(refused)?;
         let params = params.into_iter().map(|param| param as &dyn ToSql);
         let rows = self.client.query_raw(&statement, params).await.map_err(refused)?;

@@ -86,6 +86,14 @@ const BEGINNING: &str = concat!(
 /// however large users are.
 const PAGE_MAX_BYTES: usize = 1024 * 1024;
 
+/// Reads [`BEGINNING`]. A server that does not tell the position still has the users.
+async fn beginning(db: &Db) -> Result<Vec<Row>, Error> {
+    match db.run(Access::Read, BEGINNING, &[]).await {
+        Err(Error::Internal) => Ok(Vec::new()),
+        result => result,
+    }
+}
+
 /// Returns a page.
 pub async fn list(
     db: &Db,
@@ -95,7 +103,7 @@ pub async fn list(
     let mut response = pb::ListUsersResponse::default();
     // Read before the users: a watch may send a change again, but must not miss one.
     if page.is_first
-        && let Some(row) = db.run(Access::Read, BEGINNING, &[]).await?.first()
+        && let Some(row) = beginning(db).await?.first()
     {
         response.watch_token = position_from_row(row)?.map(|point| point.to_token(keys)).unwrap_or_default();
         if *is_unfiltered {

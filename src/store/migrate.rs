@@ -10,7 +10,7 @@ use tokio_postgres::{
     error::{DbError, SqlState},
 };
 
-use crate::store::pool::{connect, connection_lost};
+use crate::store::connect::{PIN_SCHEMA, connect, connection_lost};
 
 /// How long a migration waits for a table lock. Requests queue behind it meanwhile, and have
 /// `LOCK_TIMEOUT_MS` for that.
@@ -52,6 +52,7 @@ pub async fn migrate(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
 pub async fn apply_all(postgres: &tokio_postgres::Config, migrations: &[Migration]) -> anyhow::Result<()> {
     let (mut client, connection) = connect(postgres).await?;
     let run = async {
+        client.batch_execute(PIN_SCHEMA).await?;
         if pending(&client, migrations).await?.is_empty() {
             return Ok(());
         }
@@ -72,8 +73,12 @@ pub async fn apply_all(postgres: &tokio_postgres::Config, migrations: &[Migratio
 pub async fn check(postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
     let (client, connection) = connect(postgres).await?;
     let migrations = embedded();
+    let check = async {
+        client.batch_execute(PIN_SCHEMA).await?;
+        pending(&client, &migrations).await
+    };
     let pending = tokio::select! {
-        pending = pending(&client, &migrations) => pending?,
+        pending = check => pending?,
         () = connection => return Err(connection_lost().into()),
     };
     match pending.first() {

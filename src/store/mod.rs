@@ -1,6 +1,7 @@
 //! All SQL and every connection to PostgreSQL. Nothing here knows of gRPC.
 
 pub mod change_log;
+pub mod connect;
 pub mod dev_postgres;
 pub mod export;
 pub mod idempotency;

@@ -1,42 +1,42 @@
-//! Connections to PostgreSQL: the pool, and how a statement runs on it.
+//! The pool of connections to PostgreSQL, and how a statement runs on one of them.
 
 use std::{
-    io,
+    collections::VecDeque,
+    convert::Infallible,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, Once, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
-use deadpool_postgres::{
-    ClientWrapper, Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, QueueMode,
-    RecyclingMethod, Runtime, TimeoutType,
+use anyhow::{Context, anyhow, bail};
+use deadpool::{
+    Runtime,
+    managed::{self, Metrics, PoolError, QueueMode, RecycleError, RecycleResult, TimeoutType},
 };
+use deadpool_postgres::ClientWrapper;
 use futures_util::{
-    FutureExt, StreamExt,
-    future::{self, BoxFuture},
+    StreamExt,
+    future::{self},
     stream,
 };
 use tokio::{
-    sync::{Notify, Semaphore, mpsc},
+    sync::{Notify, Semaphore, mpsc, oneshot, watch},
+    task::AbortHandle,
     time,
 };
-use tokio_postgres::{
-    Client, NoTls, Row,
-    error::{DbError, SqlState},
-    types::ToSql,
-};
+use tokio_postgres::{NoTls, Row, error::SqlState, types::ToSql};
 
 use crate::config::Config;
 use crate::error::{Access, Error, is_connection_lost};
+use crate::store::connect::{CONNECT_TIMEOUT, connect, session_settings, set_up};
 use crate::telemetry::describe;
 
-/// Limit of opening a connection up to the login, and again of preparing all statements.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a statement whose caller has left may run on before it is cancelled.
+const DETACHED_MAX: Duration = Duration::from_millis(200);
 /// Limit of asking PostgreSQL to cancel a statement.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The age at which an idle connection is closed, so that connections spread over the servers
 /// behind an address, and the memory of a backend does not only grow.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(30 * 60);
@@ -51,75 +51,137 @@ pub type Params<'a> = &'a [Param<'a>];
 
 /// Whether what a statement wrote is committed, by the rows that it returns.
 pub(crate) type IsAccepted = fn(&[Row]) -> bool;
+type Pool = managed::Pool<Manager>;
+type Object = managed::Object<Manager>;
 
 /// The database as the rest of the service sees it: statements, each on a pooled connection, and
 /// connections for several statements.
-#[derive(Debug)]
 pub struct Db {
     pool: Pool,
     max_waiting: usize,
     /// Limits the tasks that open connections.
     openers: Arc<Semaphore>,
-    /// Connections whose statement has lost its caller.
-    abandoned: mpsc::UnboundedSender<Object>,
+    /// Statements whose callers have left.
+    detached: mpsc::UnboundedSender<DetachedStatement>,
     /// Set once the schema is current; earlier requests are rejected.
     is_migrated: AtomicBool,
     /// How long the username that an update replaces stays held.
     pub username_hold_days: i32,
     /// Notified of every committed write, which costs the write one or two atomic operations.
-    pub committed: Notify,
+    pub committed: Arc<Notify>,
+    /// Notified when a connection breaks or a write is rejected as read-only: the server is
+    /// worth a look.
+    pub suspected: Notify,
+    /// Whether the server has rejected a write as read-only since the last look.
+    write_refused: AtomicBool,
 }
 
-/// What [`cancel_abandoned`] works on.
-pub type Abandoned = mpsc::UnboundedReceiver<Object>;
+/// Opens the connections of the pool.
+struct Manager {
+    postgres: tokio_postgres::Config,
+    session: String,
+    /// Prepared on every new connection, so that a statement that does not fit the schema is
+    /// found at the start.
+    statements: Vec<&'static str>,
+    /// Changes when all connections are to be closed, also those that are being opened.
+    generation: watch::Sender<()>,
+    /// The tasks that drive the connections, in the pool and taken out of it.
+    drivers: Mutex<Vec<AbortHandle>>,
+    timeline_warning: Once,
+}
+
+impl managed::Manager for Manager {
+    type Type = ClientWrapper;
+    type Error = anyhow::Error;
+
+    async fn create(&self) -> anyhow::Result<ClientWrapper> {
+        let mut generation = self.generation.subscribe();
+        let (client, driver) = tokio::select! {
+            opened = self.open() => opened?,
+            _ = generation.changed() => bail!("the server has changed"),
+        };
+        let mut drivers = self.drivers();
+        if generation.has_changed()? {
+            bail!("the server has changed");
+        }
+        drivers.retain(|driver| !driver.is_finished());
+        drivers.push(driver);
+        Ok(client)
+    }
+
+    async fn recycle(&self, client: &mut ClientWrapper, _: &Metrics) -> RecycleResult<anyhow::Error> {
+        if client.is_closed() { Err(RecycleError::message("the connection is closed")) } else { Ok(()) }
+    }
+}
+
+impl Manager {
+    async fn open(&self) -> anyhow::Result<(ClientWrapper, AbortHandle)> {
+        let (client, connection) = connect(&self.postgres).await?;
+        #[expect(clippy::disallowed_methods, reason = "it ends with the client")]
+        let driver = tokio::spawn(connection);
+        let abort = driver.abort_handle();
+        let client = ClientWrapper::new(client, driver);
+        // One round trip: the client sends all without waiting.
+        let prepared = future::try_join_all(self.statements.iter().map(|sql| client.prepare_cached(sql)));
+        let made = future::try_join(set_up(&client, &self.session), prepared);
+        let (knows_timeline, _) = time::timeout(CONNECT_TIMEOUT, made).await??;
+        if !knows_timeline {
+            self.timeline_warning.call_once(|| {
+                tracing::warn!(
+                    "the server does not tell its timeline: resume tokens are valid until it is restarted"
+                );
+            });
+        }
+        Ok((client, abort))
+    }
+
+    fn drivers(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
+        self.drivers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Db {
-    /// A pool without connections. Every new connection prepares `statements`, so that a statement
-    /// that does not fit the schema is found at the start.
+    /// A pool without connections. Every new connection prepares `statements`.
     pub fn new(
         config: &Config,
         postgres: tokio_postgres::Config,
-        statements: &[&'static str],
-    ) -> anyhow::Result<(Self, Abandoned)> {
-        // Fast: the driver knows that a broken connection is closed.
-        let recycling_method = RecyclingMethod::Fast;
-        let manager = Manager::from_config(postgres, NoTls, ManagerConfig { recycling_method });
-        let session: Arc<str> = session_settings(config.request_timeout_ms, config.lock_timeout_ms).into();
-        let statements: Arc<[&str]> = statements.into();
+        statements: Vec<&'static str>,
+    ) -> anyhow::Result<(Self, DetachedStatements)> {
+        let manager = Manager {
+            postgres,
+            session: session_settings(config.request_timeout_ms, config.lock_timeout_ms),
+            statements,
+            generation: watch::Sender::new(()),
+            drivers: Mutex::default(),
+            timeline_warning: Once::new(),
+        };
         let pool = Pool::builder(manager)
             .max_size(config.pool_size)
             // The connection that was used last has warm caches.
             .queue_mode(QueueMode::Lifo)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_millis(config.pool_acquire_timeout_ms)))
-            .create_timeout(Some(CONNECT_TIMEOUT))
-            .recycle_timeout(Some(CONNECT_TIMEOUT))
-            .post_create(Hook::async_fn(move |client: &mut ClientWrapper, _| {
-                let (session, statements) = (Arc::clone(&session), Arc::clone(&statements));
-                Box::pin(async move {
-                    // One round trip: the client sends all without waiting.
-                    let prepared =
-                        future::try_join_all(statements.iter().map(|sql| client.prepare_cached(sql)));
-                    let made = future::try_join(client.batch_execute(&session), prepared);
-                    match time::timeout(CONNECT_TIMEOUT, made).await {
-                        Ok(made) => made.map(drop).map_err(HookError::Backend),
-                        Err(_) => Err(HookError::message("the database does not answer")),
-                    }
-                })
-            }))
             .build()
             .context("cannot build the connection pool")?;
-        let (abandoned, receiver) = mpsc::unbounded_channel();
+        let (detached, receiver) = mpsc::unbounded_channel();
+        let committed = Arc::new(Notify::new());
+        let statements = DetachedStatements {
+            receiver,
+            limit: (config.pool_size / 2).max(1),
+            committed: Arc::clone(&committed),
+        };
         let db = Self {
             pool,
             max_waiting: config.max_queued_requests,
             openers: Arc::new(Semaphore::new(config.pool_size)),
-            abandoned,
+            detached,
             is_migrated: AtomicBool::new(false),
             username_hold_days: i32::try_from(config.username_hold_days).unwrap_or(i32::MAX),
-            committed: Notify::new(),
+            committed,
+            suspected: Notify::new(),
+            write_refused: AtomicBool::new(false),
         };
-        Ok((db, receiver))
+        Ok((db, statements))
     }
 
     /// Runs a statement. What it writes is committed when this returns `Ok`.
@@ -192,11 +254,11 @@ impl Db {
             None => self.pool.get().await,
         };
         match got {
-            Ok(object) => Ok(Connection { object: Some(object), is_idle: true, db: self }),
+            Ok(object) => Ok(Connection { object: Some(object), running: None, db: self }),
             Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Overloaded),
             Err(error) => {
                 // The health check logs the loss of the database, once.
-                tracing::debug!(error = describe(&error), "no connection");
+                tracing::debug!(error = describe(cause(error).as_ref()), "no connection");
                 Err(Error::DatabaseUnavailable)
             }
         }
@@ -215,13 +277,13 @@ impl Db {
 
     /// A connection that is taken out of the pool, with everything prepared.
     pub(crate) async fn own_connection(&self) -> anyhow::Result<ClientWrapper> {
-        Ok(Object::take(self.pool.get().await?))
+        Ok(Object::take(self.pool.get().await.map_err(cause)?))
     }
 
     /// Opens a connection, which verifies that all statements fit the schema, and accepts requests
     /// from then on.
     pub async fn verify_schema(&self) -> anyhow::Result<()> {
-        drop(self.pool.get().await?);
+        drop(self.pool.get().await.map_err(cause)?);
         self.is_migrated.store(true, Ordering::Release);
         Ok(())
     }
@@ -245,18 +307,42 @@ impl Db {
         }
     }
 
+    /// Closes all connections, in the pool or not: they lead to a server that does not answer any
+    /// more. The next requests open new ones.
+    pub fn close_connections(&self) {
+        let manager = self.pool.manager();
+        let mut drivers = manager.drivers();
+        manager.generation.send_replace(());
+        for driver in drivers.drain(..) {
+            driver.abort();
+        }
+        drop(drivers);
+        self.pool.retain(|_, _| false);
+    }
+
+    /// Whether the server has rejected a write as read-only since the last call.
+    pub fn take_write_refused(&self) -> bool {
+        self.write_refused.swap(false, Ordering::Relaxed)
+    }
+
+    /// The same, for the next call to see.
+    pub fn has_write_refused(&self) -> bool {
+        self.write_refused.load(Ordering::Relaxed)
+    }
+
     /// Closes the pool: idle connections now, others when they are released.
     pub fn close(&self) {
         self.pool.close();
     }
 }
 
-/// A pooled connection. If its future is dropped while a statement runs, PostgreSQL is asked to
-/// cancel the statement, and the connection is closed.
+/// A pooled connection. If its future is dropped while a statement runs, the statement is
+/// detached: it may finish within [`DETACHED_MAX`].
 pub(crate) struct Connection<'a> {
     /// Taken when the connection is discarded.
     object: Option<Object>,
-    is_idle: bool,
+    /// What the statement that runs does with the data.
+    running: Option<Access>,
     db: &'a Db,
 }
 
@@ -269,7 +355,8 @@ impl Connection<'_> {
         params: Params<'_>,
         is_accepted: Option<IsAccepted>,
     ) -> Result<Vec<Row>, tokio_postgres::Error> {
-        let Some(client) = self.client_mut() else { return Ok(Vec::new()) };
+        self.running = Some(access);
+        let Some(client) = self.object.as_deref_mut() else { return Ok(Vec::new()) };
         let never: IsAccepted = |_| false;
         let is_accepted = if access == Access::DryRun { Some(never) } else { is_accepted };
         if let Some(is_accepted) = is_accepted {
@@ -286,9 +373,9 @@ impl Connection<'_> {
         client.query(&statement, params).await
     }
 
-    /// The connection, which is busy until [`Connection::release`].
-    pub(crate) fn client_mut(&mut self) -> Option<&mut ClientWrapper> {
-        self.is_idle = false;
+    /// The connection, for several statements; it is busy until [`Connection::release`].
+    pub(crate) fn client_mut(&mut self, access: Access) -> Option<&mut ClientWrapper> {
+        self.running = Some(access);
         self.object.as_deref_mut()
     }
 
@@ -298,13 +385,18 @@ impl Connection<'_> {
         access: Access,
         result: Result<T, tokio_postgres::Error>,
     ) -> Result<T, Error> {
-        self.is_idle = true;
+        self.running = None;
         let error = match result {
             Ok(done) => return Ok(done),
             Err(error) => error,
         };
         if !is_reusable(&error) {
             self.discard();
+            self.db.suspected.notify_one();
+        } else if error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION) {
+            // The connection stays: if the server is not writable, a new one would not be either.
+            self.db.write_refused.store(true, Ordering::Relaxed);
+            self.db.suspected.notify_one();
         }
         if self.db.invalidate_statements(&error) {
             return Err(Error::DatabaseUnavailable);
@@ -320,51 +412,86 @@ impl Connection<'_> {
 
     /// Closes the connection.
     fn discard(&mut self) {
-        self.is_idle = true;
+        self.running = None;
         self.object.take().map(Object::take);
     }
 }
 
 impl Drop for Connection<'_> {
     fn drop(&mut self) {
-        if !self.is_idle
+        if let Some(access) = self.running
             && let Some(object) = self.object.take()
         {
             // Without a receiver the service is stopping, and dropping the object closes the
             // connection.
-            let _ = self.db.abandoned.send(object);
+            let _ = self.db.detached.send(DetachedStatement { object, access });
         }
     }
 }
 
-/// Cancels statements that have lost their caller, and closes their connections, because a late
-/// cancellation must not hit the next statement. Each counts for the size of the pool until
-/// then.
-pub async fn cancel_abandoned(abandoned: Abandoned) {
-    stream::unfold(abandoned, async |mut receiver| receiver.recv().await.map(|object| (object, receiver)))
-        .for_each_concurrent(None, async |object| {
-            let cancelled = time::timeout(CANCEL_TIMEOUT, object.cancel_token().cancel_query(NoTls)).await;
-            tracing::debug!(cancelled = matches!(cancelled, Ok(Ok(()))), "statement cancelled");
-            drop(Object::take(object));
+/// A statement whose caller has left, on its connection. What its caller would have sent next
+/// is not sent; an open transaction is rolled back.
+struct DetachedStatement {
+    object: Object,
+    access: Access,
+}
+
+/// What [`finish_detached`] works on.
+pub struct DetachedStatements {
+    receiver: mpsc::UnboundedReceiver<DetachedStatement>,
+    /// How many may run at the same time.
+    limit: usize,
+    committed: Arc<Notify>,
+}
+
+/// Lets detached statements finish, which most do in a moment, and returns their connections to
+/// the pool. A cancelled request costs no connection that way. At most half of the pool is used
+/// for it: one more ends the wait for the oldest. Returns when the database is dropped and
+/// every statement has ended.
+pub async fn finish_detached(statements: DetachedStatements) {
+    let DetachedStatements { receiver, limit, committed } = statements;
+    let mut running = VecDeque::<oneshot::Sender<Infallible>>::new();
+    stream::unfold(receiver, async |mut receiver| receiver.recv().await.map(|next| (next, receiver)))
+        .map(|statement| {
+            running.retain(|earlier| !earlier.is_closed());
+            if running.len() >= limit {
+                running.pop_front();
+            }
+            let (this, overtaken) = oneshot::channel();
+            running.push_back(this);
+            statement.finish(overtaken, &committed)
         })
+        .for_each_concurrent(None, |finished| finished)
         .await;
 }
 
-/// The session settings of each connection. Generic plans are made on empty tables, so indexes
-/// are forced, and cost estimates are meaningless: JIT is off for that reason. A backend whose
-/// client has disconnected stops. A statement that waits for a lock keeps its connection, so it
-/// must not wait long: a locked row would take the whole pool.
-pub fn session_settings(timeout_ms: u64, lock_timeout_ms: u64) -> String {
-    format!(
-        "set statement_timeout = {timeout_ms};
-         set lock_timeout = {lock_timeout_ms};
-         set idle_in_transaction_session_timeout = {timeout_ms};
-         set client_connection_check_interval = 1000;
-         set plan_cache_mode = force_generic_plan;
-         set enable_seqscan = off;
-         set enable_bitmapscan = off;
-         set jit = off;"
-    )
+impl DetachedStatement {
+    /// Waits until the statement has ended, and cancels it if it takes too long. Its connection
+    /// is closed then, because a late cancellation must not hit the next statement. It counts for
+    /// the size of the pool until the end.
+    async fn finish(self, overtaken: oneshot::Receiver<Infallible>, committed: &Notify) {
+        let Self { object, access } = self;
+        let is_open = tokio::select! {
+            // PostgreSQL answers it when it has done everything that was sent before.
+            answer = object.check_connection() => Some(answer.is_ok()),
+            () = time::sleep(DETACHED_MAX) => None,
+            _ = overtaken => None,
+        };
+        match is_open {
+            Some(is_open) => {
+                tracing::debug!(is_open, "detached statement finished");
+                if access == Access::Write {
+                    committed.notify_one();
+                }
+            }
+            None => {
+                let cancelled =
+                    time::timeout(CANCEL_TIMEOUT, object.cancel_token().cancel_query(NoTls)).await;
+                tracing::debug!(cancelled = matches!(cancelled, Ok(Ok(()))), "detached statement cancelled");
+                drop(Object::take(object));
+            }
+        }
+    }
 }
 
 /// "cached plan must not change result type", or a prepared statement that the
@@ -373,60 +500,17 @@ fn is_stale_statement(error: &tokio_postgres::Error) -> bool {
     matches!(error.code(), Some(&SqlState::FEATURE_NOT_SUPPORTED | &SqlState::INVALID_SQL_STATEMENT_NAME))
 }
 
-/// Whether the connection can run the next statement after this error. A connection to a server
-/// that has become a standby works, but cannot write.
+/// Whether the connection can run the next statement after this error.
 fn is_reusable(error: &tokio_postgres::Error) -> bool {
-    let is_usable =
-        |state: &SqlState| *state != SqlState::READ_ONLY_SQL_TRANSACTION && !is_connection_lost(state);
-    !is_stale_statement(error) && error.code().is_some_and(is_usable)
+    !is_stale_statement(error) && error.code().is_some_and(|state| !is_connection_lost(state))
 }
 
-/// Sets the timeouts that the driver leaves unset. Without them, a server that vanished from the
-/// network blocks its clients for a quarter of an hour.
-pub fn with_timeouts(mut postgres: tokio_postgres::Config) -> tokio_postgres::Config {
-    postgres
-        .connect_timeout(CONNECT_TIMEOUT)
-        .keepalives_idle(Duration::from_secs(30))
-        .keepalives_interval(Duration::from_secs(10))
-        .keepalives_retries(3)
-        .tcp_user_timeout(Duration::from_secs(30));
-    if postgres.get_application_name().is_none() {
-        postgres.application_name("user-service");
+/// Why the pool has no connection.
+fn cause(error: PoolError<anyhow::Error>) -> anyhow::Error {
+    match error {
+        PoolError::Backend(error) => error,
+        other => anyhow!("{other}"),
     }
-    postgres
-}
-
-/// Whether an error at the start may pass: the server is not up yet, is busy, is becoming the
-/// primary, or a lock is held. Anything else is final, such as a wrong password or a migration
-/// that fails.
-pub fn is_transient(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        if let Some(db) = cause.downcast_ref::<DbError>() {
-            let state = db.code();
-            return is_connection_lost(state)
-                || state.code().starts_with("53")
-                || [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_DEADLOCK_DETECTED].contains(state)
-                || *state == SqlState::READ_ONLY_SQL_TRANSACTION;
-        }
-        cause.is::<io::Error>()
-            || cause.is::<time::error::Elapsed>()
-            || cause.downcast_ref::<tokio_postgres::Error>().is_some_and(tokio_postgres::Error::is_closed)
-            || matches!(
-                cause.downcast_ref::<PoolError>(),
-                Some(PoolError::Timeout(_) | PoolError::PostCreateHook(HookError::Message(_)))
-            )
-    })
-}
-
-/// A connection outside the pool, and the future that drives it, which the caller has to poll.
-pub async fn connect(postgres: &tokio_postgres::Config) -> anyhow::Result<(Client, BoxFuture<'static, ()>)> {
-    let (client, connection) = time::timeout(CONNECT_TIMEOUT, postgres.connect(NoTls)).await??;
-    Ok((client, connection.map(drop).boxed()))
-}
-
-/// The error of a connection outside the pool that ended.
-pub(crate) fn connection_lost() -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionAborted, "the connection to the database broke")
 }
 
 fn micros(duration: Duration) -> u64 {

@@ -224,7 +224,7 @@ async fn purge_changes(db: &Db, retention_hours: i32) -> Result<i64, Error> {
     let mut total = 0;
     loop {
         let mut connection = db.connection().await?;
-        let client = connection.client_mut().ok_or(Error::Internal)?;
+        let client = connection.client_mut(Access::Write).ok_or(Error::Internal)?;
         let emptied = empty_partition(client, retention_hours).await;
         match connection.release(Access::Write, emptied) {
             Ok(true) => total += 1,

@@ -9,7 +9,8 @@ use tokio_postgres::Row;
 
 use crate::error::{Access, Error};
 use crate::model::token::{KEY_SIZE, TokenKeys};
-use crate::store::pool::{self, Db};
+use crate::store::connect::{PIN_SCHEMA, connect, connection_lost};
+use crate::store::pool::Db;
 
 /// Every statement of this file, for preparation.
 pub const STATEMENTS: &[&str] = &[TOKEN_KEYS];
@@ -37,10 +38,14 @@ impl TokenKeyring {
 
     /// Loads the keys at the start.
     pub async fn load(&self, postgres: &tokio_postgres::Config) -> anyhow::Result<()> {
-        let (client, connection) = pool::connect(postgres).await?;
+        let (client, connection) = connect(postgres).await?;
+        let read = async {
+            client.batch_execute(PIN_SCHEMA).await?;
+            client.query(TOKEN_KEYS, &[]).await
+        };
         let rows = tokio::select! {
-            rows = client.query(TOKEN_KEYS, &[]) => rows.context("cannot read the table token_keys")?,
-            () = connection => anyhow::bail!("the connection broke"),
+            rows = read => rows.context("cannot read the table token_keys")?,
+            () = connection => return Err(connection_lost().into()),
         };
         self.set(&rows)
     }

@@ -439,6 +439,7 @@ pub struct Proxy {
     is_holding: watch::Sender<bool>,
     held_request: watch::Sender<Option<&'static str>>,
     cuts: watch::Sender<u32>,
+    moves: watch::Sender<u32>,
 }
 
 impl Proxy {
@@ -451,26 +452,30 @@ impl Proxy {
         let (held_request, held) = watch::channel(None);
         let hold = is_holding.clone();
         let (cuts, cut) = watch::channel(0);
+        let (moves, moved) = watch::channel(0);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let server = UnixStream::connect(&target).await.unwrap();
-                let (hold, holding, held, mut cut) =
-                    (hold.clone(), holding.clone(), held.clone(), cut.clone());
+                let (hold, holding, held, mut cut, mut moved) =
+                    (hold.clone(), holding.clone(), held.clone(), cut.clone(), moved.clone());
                 cut.mark_unchanged();
+                moved.mark_unchanged();
                 tokio::spawn(async move {
-                    let (from_client, to_client) = client.into_split();
-                    let (from_server, to_server) = server.into_split();
+                    let (mut from_client, mut to_client) = client.into_split();
+                    let (mut from_server, mut to_server) = server.into_split();
                     // A cut comes first, so that no held response gets through.
                     tokio::select! {
                         biased;
                         _ = cut.changed() => {}
-                        () = forward_requests(from_client, to_server, held, hold) => {}
-                        () = forward_responses(from_server, to_client, holding) => {}
+                        // The sockets stay open.
+                        _ = moved.changed() => std::future::pending().await,
+                        () = forward_requests(&mut from_client, &mut to_server, held, hold) => {}
+                        () = forward_responses(&mut from_server, &mut to_client, holding) => {}
                     }
                 });
             }
         });
-        Self { dir, upstream: upstream.clone(), is_holding, held_request, cuts }
+        Self { dir, upstream: upstream.clone(), is_holding, held_request, cuts, moves }
     }
 
     /// The database as seen through the proxy.
@@ -494,6 +499,12 @@ impl Proxy {
         self.is_holding.send_replace(false);
     }
 
+    /// Forwards nothing more on the present connections, which stay open, as if the address had
+    /// moved to another server. New ones are forwarded.
+    pub fn move_silently(&self) {
+        self.moves.send_modify(|n| *n += 1);
+    }
+
     /// Closes all connections. New ones are forwarded.
     pub fn cut(&self) {
         self.cuts.send_modify(|n| *n += 1);
@@ -502,8 +513,8 @@ impl Proxy {
 }
 
 async fn forward_requests(
-    mut from: tokio::net::unix::OwnedReadHalf,
-    mut to: tokio::net::unix::OwnedWriteHalf,
+    from: &mut tokio::net::unix::OwnedReadHalf,
+    to: &mut tokio::net::unix::OwnedWriteHalf,
     held: watch::Receiver<Option<&'static str>>,
     hold: watch::Sender<bool>,
 ) {
@@ -521,8 +532,8 @@ async fn forward_requests(
 }
 
 async fn forward_responses(
-    mut from: tokio::net::unix::OwnedReadHalf,
-    mut to: tokio::net::unix::OwnedWriteHalf,
+    from: &mut tokio::net::unix::OwnedReadHalf,
+    to: &mut tokio::net::unix::OwnedWriteHalf,
     mut holding: watch::Receiver<bool>,
 ) {
     let mut buffer = vec![0; 64 * 1024];

@@ -73,10 +73,21 @@ fn serve_reports_all_invalid_settings_together_without_their_values() {
 }
 
 #[test]
-fn database_url_that_requires_tls_is_rejected() {
-    for args in [SERVE[0], SERVE[1], &["migrate"]] {
-        let (is_ok, _, error) = run(args, &[("DATABASE_URL", "postgres://user@host/db?sslmode=require")]);
-        assert!(!is_ok && error.contains("TLS"), "{error}");
+fn database_url_that_the_service_cannot_use_is_rejected_with_the_reason() {
+    for (query, expected) in [
+        ("sslmode=require", "TLS to PostgreSQL, which is not built in"),
+        ("sslmode=verify-full", "TLS to PostgreSQL, which is not built in"),
+        ("sslrootcert=/ca.pem", "TLS to PostgreSQL, which is not built in"),
+        ("target_session_attrs=prefer-standby", "`read-write`"),
+        ("target_session_attrs=read-only", "`read-write`"),
+        ("hostaddr=127.0.0.1,127.0.0.2", "1 hosts, but 2 addresses"),
+        ("connect_timeout=soon", "`connect_timeout`"),
+    ] {
+        for args in [SERVE[0], SERVE[1], &["migrate"]] {
+            let url = format!("postgres://user@host/db?{query}");
+            let (is_ok, _, error) = run(args, &[("DATABASE_URL", &url)]);
+            assert!(!is_ok && error.contains("DATABASE_URL: ") && error.contains(expected), "{error}");
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use tonic_reflection::pb::{v1, v1alpha};
 use crate::support::*;
 
 /// A command of a program that `make test` installs.
-fn tool(path: &str) -> Command {
+pub fn tool(path: &str) -> Command {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools").join(path);
     assert!(path.exists(), "{} is missing: `make test` installs it", path.display());
     Command::new(path)

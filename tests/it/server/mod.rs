@@ -1,5 +1,5 @@
 //! Connections, deadlines, start and stop, third-party clients.
 
-mod clients;
+pub mod clients;
 mod deadlines;
 mod lifecycle;

@@ -4,4 +4,5 @@ mod dev_postgres;
 mod erasure;
 mod faults;
 mod migrations;
+mod pool;
 mod purge;
