@@ -17,7 +17,7 @@ use crate::feed::watch::{Watch, insert};
 use crate::support::*;
 
 /// A command of a program that `make test` installs.
-fn tool(path: &str) -> Command {
+pub fn tool(path: &str) -> Command {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools").join(path);
     assert!(path.exists(), "{} is missing: `make test` installs it", path.display());
     Command::new(path)

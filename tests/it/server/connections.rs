@@ -239,3 +239,30 @@ async fn old_connection_ends_its_watches_and_then_its_other_streams() {
     eventually("the connection is closed", async || (connections().await < before).then_some(())).await;
     created(&mut server.client().await, "alice").await;
 }
+
+#[tokio::test]
+async fn requests_beyond_the_limit_of_all_connections_are_rejected() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("MAX_REQUESTS_IN_FLIGHT", "8")]).await;
+    let mut client = server.client().await;
+    let mut watches = Vec::new();
+    let rejected = loop {
+        match Watch::open(&mut client, pb::WatchUsersRequest::default()).await {
+            Ok(watch) => watches.push(watch),
+            Err(status) => break status,
+        }
+    };
+    assert_refused(Err::<(), _>(rejected), Code::Unavailable, "OVERLOADED");
+    // A connection gets as many as it leaves for all others.
+    assert_eq!(watches.len(), 4);
+    let mut other = server.client().await;
+    created(&mut other, "alice").await;
+    let status = client.get_user(by_username("zqzqalice")).await;
+    assert_refused(status, Code::Unavailable, "OVERLOADED");
+    for watch in &mut watches {
+        assert_eq!(watch.changes(1).await.len(), 1);
+    }
+    drop(watches);
+    eventually("the requests have ended", async || client.get_user(by_username("zqzqalice")).await.ok())
+        .await;
+}

@@ -1,5 +1,6 @@
 //! Connections, deadlines, start and stop, third-party clients.
 
+mod attacks;
 mod clients;
 mod connections;
 mod deadlines;
