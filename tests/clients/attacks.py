@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 from collections import Counter
+from urllib.parse import unquote
 
 import grpc
 import hpack
@@ -56,6 +57,7 @@ class Connection:
         self.encoder, self.decoder = hpack.Encoder(), hpack.Decoder()
         self.received, self.frames = b"", Counter()
         self.is_closed, self.goaway = False, b""
+        self.responses = {}  # by stream: all headers and trailers
         self.status = {}  # by stream: the grpc-status, or "reset"
         self.windows = Counter({0: 65_535})
         self.server_window = 65_535
@@ -95,7 +97,8 @@ class Connection:
     def handle(self, kind, flags, stream, payload):
         self.frames[kind] += 1
         if kind == HEADERS:
-            headers = dict(self.decoder.decode(payload))
+            headers = self.responses.setdefault(stream, {})
+            headers.update(self.decoder.decode(payload))
             if "grpc-status" in headers:
                 self.status[stream] = headers["grpc-status"]
             elif headers.get(":status", "200") != "200":
@@ -187,8 +190,8 @@ class Connection:
                 self.read()
 
 
-def innocent():
-    """A client that has nothing to do with the attack."""
+def innocent(page_size=1):
+    """A client that has nothing to do with the attack lists users."""
     with grpc.insecure_channel(address) as channel:
         method = service.FindMethodByName("ListUsers")
         call = channel.unary_unary(
@@ -200,7 +203,7 @@ def innocent():
         passing = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
         for attempt in range(20):
             try:
-                return call(message_factory.GetMessageClass(method.input_type)(page_size=1), timeout=20)
+                return call(message_factory.GetMessageClass(method.input_type)(page_size=page_size), timeout=20)
             except grpc.RpcError as error:
                 if error.code() not in passing or attempt == 19:
                     raise
@@ -312,6 +315,24 @@ def one_byte_windows():
         connection.call("ListUsers", request("ListUsers", page_size=1_000))
     innocent()
     connection.until_closed()
+
+
+def unread_changes():
+    """Fills the room for unread responses, and changes users then. The changes are made, so
+    they cannot be rejected: the client learns that it has to ask again."""
+    users = innocent(page_size=70).users
+    connection = Connection(window=0)
+    for size in (1_000, 50):
+        while UNAVAILABLE not in connection.status.values():
+            stream = connection.call("ListUsers", request("ListUsers", page_size=size))
+            connection.until(lambda: stream in connection.responses)
+        connection.status.clear()
+    items = [dict(user=dict(id=user.id, display_name="x")) for user in users]
+    stream = connection.call("BatchUpdateUsers", request("BatchUpdateUsers", items=items))
+    assert connection.outcome(stream) == UNAVAILABLE
+    assert "same request_id" in unquote(connection.responses[stream]["grpc-message"])
+    changed = innocent(page_size=70).users
+    assert {user.revision for user in changed} == {2}, changed
 
 
 def unfinished_requests():

@@ -18,13 +18,17 @@ const OVERHEAD: usize = 64 * MIB;
 
 /// Plays an attack against a server with short deadlines, and checks what it has done to it.
 async fn attack(name: &str) {
+    attack_within(name, "3000").await;
+}
+
+async fn attack_within(name: &str, request_timeout_ms: &str) {
     let database = Database::migrated().await;
     insert(&database, &"x".repeat(40), 1, 1_000).await;
     let settings = [
         // At the level `trace`, h2 logs every frame.
         ("RUST_LOG", "info,user_service::store::pool=debug"),
         ("MAX_BYTES_PER_CONNECTION", &LIMIT.to_string()),
-        ("REQUEST_TIMEOUT_MS", "3000"),
+        ("REQUEST_TIMEOUT_MS", request_timeout_ms),
         ("STREAM_READ_TIMEOUT_MS", "3000"),
     ];
     let mut server = Server::start(&database, &settings).await;
@@ -67,4 +71,9 @@ attacks! {
     malformed_requests_are_rejected: "malformed_requests",
     random_bytes_are_rejected_by_every_rpc: "random_bytes",
     client_that_cancels_all_its_requests_keeps_its_connection: "mass_cancellation",
+}
+
+#[tokio::test]
+async fn change_whose_response_finds_no_room_says_that_its_outcome_is_unknown() {
+    attack_within("unread_changes", "60000").await;
 }
