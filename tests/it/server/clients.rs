@@ -117,7 +117,7 @@ fn assert_clients_read(server: &Server, rejections: &[Rejection]) {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let mut node = Command::new("node");
     node.env("NODE_PATH", root.join(".tools/node_modules"));
-    for (mut program, script) in [(tool("venv/bin/python"), "refusals.py"), (node, "refusals.js")] {
+    for (mut program, script) in [(tool("venv/bin/python"), "rejections.py"), (node, "rejections.js")] {
         program.arg(root.join("tests/clients").join(script)).arg(&server.addr).arg(descriptors.path());
         program.stdin(Stdio::piped()).stderr(Stdio::piped());
         let mut child = program.spawn().unwrap();

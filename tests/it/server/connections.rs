@@ -211,7 +211,7 @@ async fn old_connection_ends_its_watches_and_finishes_its_other_streams() {
     // The error tells the client to begin again, on a new connection.
     let ended = loop {
         if let Err(status) = watch.message().await {
-            break assert_refused(Err::<(), _>(status), Code::Unavailable, "SHUTTING_DOWN");
+            break assert_rejected(Err::<(), _>(status), Code::Unavailable, "SHUTTING_DOWN");
         }
     };
     assert!(ended.message().contains("reconnect"), "{ended:?}");
@@ -259,13 +259,13 @@ async fn requests_beyond_the_limit_of_all_connections_are_rejected() {
             Err(status) => break status,
         }
     };
-    assert_refused(Err::<(), _>(rejected), Code::Unavailable, "OVERLOADED");
+    assert_rejected(Err::<(), _>(rejected), Code::Unavailable, "OVERLOADED");
     // A connection gets as many as it leaves for all others.
     assert_eq!(watches.len(), 4);
     let mut other = server.client().await;
     created(&mut other, "alice").await;
     let status = client.get_user(by_username("zqzqalice")).await;
-    assert_refused(status, Code::Unavailable, "OVERLOADED");
+    assert_rejected(status, Code::Unavailable, "OVERLOADED");
     for watch in &mut watches {
         assert_eq!(watch.changes(1).await.len(), 1);
     }

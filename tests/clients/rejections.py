@@ -1,4 +1,4 @@
-"""What Python's grpcio reads of rejections. Usage: refusals.py HOST:PORT DESCRIPTORS < CASES
+"""What Python's grpcio reads of rejections. Usage: rejections.py HOST:PORT DESCRIPTORS < CASES
 
 DESCRIPTORS is a file with a FileDescriptorSet. CASES is a JSON list of objects: `rpc` such as
 "users.v1.UserService/GetUser", `request` (the message as JSON), `code` such as

@@ -1,4 +1,4 @@
-// What @grpc/grpc-js reads of rejections. Usage and cases: see refusals.py.
+// What @grpc/grpc-js reads of rejections. Usage and cases: see rejections.py.
 
 "use strict";
 
