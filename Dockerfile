@@ -34,11 +34,14 @@ USER 65532:65532
 
 # The default, 127.0.0.1, cannot be reached from outside the container.
 ENV LISTEN_ADDR=0.0.0.0:50051
-EXPOSE 50051
+# For probes, outside all limits of clients.
+ENV HEALTH_ADDR=0.0.0.0:50052
+EXPOSE 50051 50052
 
 # Readiness, so unhealthy while the database is away. `check` gives up by itself after
 # 5 s for the connection and 5 s for the answer.
-HEALTHCHECK --interval=10s --timeout=11s --start-period=30s CMD ["/usr/local/bin/user-service", "check"]
+HEALTHCHECK --interval=10s --timeout=11s --start-period=30s \
+    CMD ["/usr/local/bin/user-service", "check", "--addr", "127.0.0.1:50052"]
 
 # Stopping takes up to DRAIN_DELAY_MS + SHUTDOWN_GRACE_MS, 22 s by default. Docker kills
 # after 10 s, unless told otherwise: `docker run --stop-timeout 30`.

@@ -2,8 +2,11 @@
 
 TOOLS := $(CURDIR)/.tools
 BUF_VERSION := 1.75.0
+GRPC_JS_VERSION := 1.14.7
+PROTO_LOADER_VERSION := 0.8.1
 CARGO_DENY_VERSION := 0.20.2
 BUF := $(TOOLS)/node_modules/.bin/buf
+GRPC_JS := $(TOOLS)/node_modules/@grpc/grpc-js/package.json
 PYTHON := $(TOOLS)/venv/bin/python
 CARGO_DENY := $(TOOLS)/bin/cargo-deny
 
@@ -20,7 +23,7 @@ setup: setup-run setup-test setup-lint ## Install everything that run, test and 
 
 .PHONY: setup-run setup-test setup-lint
 setup-run: rust $(if $(DATABASE_URL),,postgres)
-setup-test: rust postgres $(BUF) $(PYTHON)
+setup-test: rust postgres $(BUF) $(GRPC_JS) $(PYTHON)
 setup-lint: rust $(BUF) $(CARGO_DENY)
 
 .PHONY: run
@@ -139,6 +142,11 @@ venv:
 $(BUF):
 	$(call need,command -v npm,nodejs npm,Node.js with npm)
 	npm install --silent --no-fund --no-audit --prefix $(TOOLS) @bufbuild/buf@$(BUF_VERSION)
+	@touch $@
+
+$(GRPC_JS): | $(BUF)
+	npm install --silent --no-fund --no-audit --prefix $(TOOLS) \
+		@grpc/grpc-js@$(GRPC_JS_VERSION) @grpc/proto-loader@$(PROTO_LOADER_VERSION)
 	@touch $@
 
 $(PYTHON): tests/clients/requirements.txt | venv

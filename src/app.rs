@@ -1,10 +1,10 @@
 //! Builds the parts of the service, runs them, and shuts them down in order.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use prost::Message;
-use prost_types::FileDescriptorSet;
+use prost_types::{FileDescriptorSet, MethodDescriptorProto, method_options::IdempotencyLevel};
 use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
@@ -12,17 +12,20 @@ use tokio::{
     time,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic_health::server::{HealthReporter, HealthService};
+use tonic_health::{
+    pb::health_server::HealthServer,
+    server::{HealthReporter, HealthService},
+};
 use tonic_reflection::pb::{v1, v1alpha};
 
 use crate::api::coalescer::Limits;
 use crate::api::service::UserService;
-use crate::config::{Config, RequestCoalescing};
+use crate::config::{Config, Reflection, RequestCoalescing};
 use crate::feed::reader::Feed;
 use crate::health;
 use crate::pb;
-use crate::server::dispatch::{GrpcService, NamedService};
-use crate::server::listener;
+use crate::server::dispatch::{GrpcService, MethodKind, NamedService};
+use crate::server::listener::{self, ListenerLimits};
 use crate::store;
 use crate::store::change_log;
 use crate::store::connect;
@@ -54,18 +57,21 @@ const DESCRIPTORS: [&[u8]; 4] = [
     v1alpha::FILE_DESCRIPTOR_SET,
 ];
 
+/// Streams that end by themselves. They may outlive the maximum age of their connection.
+const FINITE_STREAMS: [&str; 2] = ["ImportUsers", "ExportUsers"];
+
 /// Runs the service until SIGTERM, SIGINT or the failure of a task.
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
-    let listener = TcpListener::bind(config.listen_addr)
-        .await
-        .with_context(|| format!("cannot listen on {}", config.listen_addr))?;
+    let listener = bind(config.listen_addr).await?;
     let addr = listener.local_addr()?;
+    let reporter = health::reporter().await;
+    let stop_health = CancellationToken::new();
+    let mut health_server = serve_probes(&config, &reporter, &stop_health).await?;
     let (dev_postgres, postgres) = open_database(&config).await?;
 
     let (db, detached) = Db::new(&config, postgres.clone(), store::statements())?;
     let (db, token_keys) = (Arc::new(db), Arc::new(TokenKeyring::default()));
-    let reporter = health::reporter().await;
     let statement_tasks = TaskTracker::new();
     let (exports, export_connections) =
         Exports::new(Arc::clone(&db), Arc::clone(&token_keys), postgres.clone(), &config);
@@ -73,7 +79,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     let limits = coalescer_limits(&config);
     let users =
         UserService::new(Arc::clone(&db), &config, limits, &statement_tasks, exports, Arc::clone(&feed));
-    let services = services(users, &reporter)?;
+    let services = services(users, &reporter, &config)?;
     let (stop_tasks, stop_server) = (CancellationToken::new(), CancellationToken::new());
 
     let mut tasks = JoinSet::new();
@@ -86,10 +92,8 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     closers.spawn(pool::finish_detached(detached));
     closers.spawn(export::drive(export_connections));
     let mut server = JoinSet::new();
-    server.spawn({
-        let (config, stop) = (config.clone(), stop_server.clone());
-        async move { listener::serve(listener, services, &config, stop).await }
-    });
+    let limits = ListenerLimits::for_clients(&config);
+    server.spawn(listener::serve(listener, services, limits, stop_server.clone()));
     // The feed ends with the server, because watch streams need it.
     server.spawn({
         let stop = stop_server.clone();
@@ -104,6 +108,7 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
         }
         exit = tasks.join_next() => unexpected_exit(exit),
         exit = server.join_next() => unexpected_exit(exit.map(|exit| exit.map(Ok))),
+        Some(exit) = health_server.join_next() => unexpected_exit(Some(exit.map(Ok))),
     };
 
     // Shutdown: background tasks stop, clients see NOT_SERVING, requests in flight finish.
@@ -123,11 +128,33 @@ pub async fn serve(config: Config) -> anyhow::Result<()> {
     // The closers end when the last request, finished or cancelled, has released the
     // database.
     while closers.join_next().await.is_some() {}
+    stop_health.cancel();
+    while health_server.join_next().await.is_some() {}
     if let Some(dev_postgres) = dev_postgres {
         result = result.and(dev_postgres.stop().await);
     }
     tracing::info!("stopped");
     result
+}
+
+async fn bind(addr: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(addr).await.with_context(|| format!("cannot listen on {addr}"))
+}
+
+/// Answers probes on `HEALTH_ADDR`, if it is set, until `stop`: as long as the process lives.
+async fn serve_probes(
+    config: &Config,
+    reporter: &HealthReporter,
+    stop: &CancellationToken,
+) -> anyhow::Result<JoinSet<()>> {
+    let mut server = JoinSet::new();
+    if let Some(addr) = config.health_addr {
+        let listener = bind(addr).await?;
+        tracing::info!(addr = %listener.local_addr()?, "listening for probes");
+        let (services, limits) = (vec![health_service(reporter)?], ListenerLimits::for_probes(config));
+        server.spawn(listener::serve(listener, services, limits, stop.clone()));
+    }
+    Ok(server)
 }
 
 /// Prepares the database, then runs its periodic tasks. Returns only on failure.
@@ -222,44 +249,66 @@ fn coalescer_limits(config: &Config) -> Limits {
     }
 }
 
-fn services(users: UserService, reporter: &HealthReporter) -> anyhow::Result<Vec<NamedService>> {
-    let health = HealthService::from_health_reporter(reporter.clone());
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-    };
-    Ok(vec![
-        named(pb::user_service_server::SERVICE_NAME, pb::user_service_server::UserServiceServer::new(users))?,
-        named(
-            tonic_health::pb::health_server::SERVICE_NAME,
-            tonic_health::pb::health_server::HealthServer::new(health),
-        )?,
-        named(v1::server_reflection_server::SERVICE_NAME, reflection().build_v1()?)?,
-        named(v1alpha::server_reflection_server::SERVICE_NAME, reflection().build_v1alpha()?)?,
-    ])
+fn services(
+    users: UserService,
+    reporter: &HealthReporter,
+    config: &Config,
+) -> anyhow::Result<Vec<NamedService>> {
+    let users = pb::user_service_server::UserServiceServer::new(users);
+    let users = named(pb::user_service_server::SERVICE_NAME, users)?;
+    let mut services = vec![users, health_service(reporter)?];
+    if config.reflection == Reflection::On {
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(pb::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+        };
+        let v1 = named(v1::server_reflection_server::SERVICE_NAME, reflection().build_v1()?)?;
+        let v1alpha = named(v1alpha::server_reflection_server::SERVICE_NAME, reflection().build_v1alpha()?)?;
+        // A client is not limited otherwise in how many of these streams it leaves open.
+        let idle_timeout = Some(Duration::from_millis(config.request_timeout_ms));
+        for mut service in [v1, v1alpha] {
+            service.methods.iter_mut().for_each(|method| method.idle_timeout = idle_timeout);
+            services.push(service);
+        }
+    }
+    Ok(services)
+}
+
+fn health_service(reporter: &HealthReporter) -> anyhow::Result<NamedService> {
+    let service = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
+    named(tonic_health::pb::health_server::SERVICE_NAME, service)
 }
 
 fn named(name: &'static str, service: impl GrpcService + 'static) -> anyhow::Result<NamedService> {
-    Ok(NamedService { name, service: Box::new(service), streaming_methods: streaming_methods(name)? })
+    Ok(NamedService { name, service: Arc::new(service), methods: methods(name)? })
 }
 
-/// Finds the methods of a service that stream in either direction. A list by hand could
-/// miss one, and shutdown would not end its streams.
-fn streaming_methods(service: &str) -> anyhow::Result<Vec<String>> {
+/// Reads the methods of a service from its descriptor. A list by hand could miss a stream,
+/// and shutdown would not end it.
+fn methods(service: &str) -> anyhow::Result<Vec<MethodKind>> {
     for descriptors in DESCRIPTORS {
         for file in FileDescriptorSet::decode(descriptors)?.file {
             let is_named = |name: &str| format!("{}.{name}", file.package()) == service;
             if let Some(found) = file.service.iter().find(|found| is_named(found.name())) {
-                let methods = found.method.iter();
-                let streaming =
-                    methods.filter(|method| method.client_streaming() || method.server_streaming());
-                return Ok(streaming.map(|method| method.name().to_owned()).collect());
+                return Ok(found.method.iter().map(method_kind).collect());
             }
         }
     }
     bail!("{service} has no descriptor")
+}
+
+fn method_kind(method: &MethodDescriptorProto) -> MethodKind {
+    let options = method.options.clone().unwrap_or_default();
+    MethodKind {
+        name: method.name().to_owned(),
+        takes_stream: method.client_streaming(),
+        returns_stream: method.server_streaming(),
+        is_finite: FINITE_STREAMS.contains(&method.name()),
+        idle_timeout: None,
+        is_read: options.idempotency_level() == IdempotencyLevel::NoSideEffects,
+    }
 }
 
 /// Starts a task that runs until `stop` or its failure.
@@ -306,19 +355,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn streaming_methods_are_found_in_the_descriptors() {
+    fn kinds_of_methods_are_found_in_the_descriptors() {
         for (service, expected) in [
             ("users.v1.UserService", &["ImportUsers", "ExportUsers", "WatchUsers"][..]),
             ("grpc.health.v1.Health", &["Watch"]),
             ("grpc.reflection.v1.ServerReflection", &["ServerReflectionInfo"]),
             ("grpc.reflection.v1alpha.ServerReflection", &["ServerReflectionInfo"]),
         ] {
-            assert_eq!(streaming_methods(service).unwrap(), expected, "{service}");
+            let methods = methods(service).unwrap();
+            let streams = methods.iter().filter(|method| method.takes_stream || method.returns_stream);
+            assert_eq!(streams.map(|method| &method.name).collect::<Vec<_>>(), expected, "{service}");
         }
+        let methods = methods("users.v1.UserService").unwrap();
+        let names = |is: fn(&MethodKind) -> bool| {
+            methods.iter().filter(|method| is(method)).map(|method| method.name.as_str()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(|method| method.takes_stream), ["ImportUsers"]);
+        assert_eq!(names(|method| method.is_finite), FINITE_STREAMS);
+        let reads = names(|method| method.is_read);
+        assert!(reads.contains(&"GetUser") && !reads.contains(&"CreateUser"), "{reads:?}");
     }
 
     #[test]
     fn service_without_a_descriptor_is_an_error() {
-        streaming_methods("users.v1.Unknown").unwrap_err();
+        methods("users.v1.Unknown").unwrap_err();
     }
 }

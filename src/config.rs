@@ -31,6 +31,11 @@ pub struct Config {
     #[arg(long, env, default_value = DEFAULT_LISTEN_ADDR)]
     pub listen_addr: SocketAddr,
 
+    /// A second address, for probes: plaintext, grpc.health.v1 only, and outside all limits of
+    /// clients. Unset: probes use LISTEN_ADDR.
+    #[arg(long, env)]
+    pub health_addr: Option<SocketAddr>,
+
     /// The data directory of the private PostgreSQL. Not used with DATABASE_URL [default:
     /// /var/lib/user-service for root, else user-service in $XDG_DATA_HOME or ~/.local/share].
     #[arg(long, env)]
@@ -56,8 +61,9 @@ pub struct Config {
     #[arg(long, env, default_value_t = 1_024, value_parser = range::<usize>(1, 1_000_000))]
     pub max_queued_requests: usize,
 
-    /// Maximum duration of a unary request, whatever its own deadline, and of each statement
-    /// of a stream, in milliseconds.
+    /// Maximum duration of a unary request until its response starts, whatever its own deadline,
+    /// and again until the client has read the response, in milliseconds. It also limits each
+    /// statement of a stream.
     #[arg(long, env, default_value_t = 30_000, value_parser = range::<u64>(1, 600_000))]
     pub request_timeout_ms: u64,
 
@@ -67,19 +73,40 @@ pub struct Config {
     #[arg(long, env, default_value_t = 1_000, value_parser = range::<u64>(1, 600_000))]
     pub lock_timeout_ms: u64,
 
-    /// Maximum number of client connections, including those of probes. More are closed at
-    /// once.
+    /// Maximum number of client connections. For one more, the connection that has been idle
+    /// longest is closed; if none is idle, the new one.
     #[arg(long, env, default_value_t = 1_024, value_parser = range::<usize>(1, 100_000))]
     pub max_connections: usize,
 
-    /// Maximum number of concurrent requests on one client connection.
-    #[arg(long, env, default_value_t = 1_024, value_parser = range::<usize>(1, 100_000))]
-    pub max_streams_per_connection: usize,
+    /// Maximum number of concurrent requests on one client connection. More wait in the client.
+    #[arg(long, env, default_value_t = 1_024, value_parser = range::<u32>(1, 100_000))]
+    pub max_streams_per_connection: u32,
+
+    /// Maximum number of concurrent requests of all connections. A connection may have as many
+    /// as it leaves for all others. More fail with OVERLOADED.
+    #[arg(long, env, default_value_t = 8_192, value_parser = range::<usize>(1, 1_000_000))]
+    pub max_requests_in_flight: usize,
+
+    /// Maximum number of bytes of requests that are being received or handled, and of responses
+    /// that are not sent, of one connection. A request beyond it fails with OVERLOADED, or, if
+    /// it has changed something, with OUTCOME_UNKNOWN.
+    #[arg(long, env, default_value_t = 67_108_864, value_parser = range::<usize>(8_388_608, 17_179_869_184))]
+    pub max_bytes_per_connection: usize,
+
+    /// The same of all connections. A connection may have as many as it leaves for all others.
+    #[arg(long, env, default_value_t = 536_870_912, value_parser = range::<usize>(16_777_216, 1_099_511_627_776))]
+    pub max_bytes_in_flight: usize,
 
     /// Age, plus or minus 10 %, at which the server asks a client to reconnect, in
-    /// milliseconds. It spreads load over new replicas; running requests continue.
+    /// milliseconds. It spreads load over new replicas. Watches end with SHUTTING_DOWN; other
+    /// requests continue.
     #[arg(long, env, default_value_t = 1_800_000, value_parser = range::<u64>(1_000, 86_400_000))]
     pub max_connection_age_ms: u64,
+
+    /// After that age: how long imports and exports may continue, in milliseconds. Then they end
+    /// with SHUTTING_DOWN, and the connection is closed.
+    #[arg(long, env, default_value_t = 900_000, value_parser = range::<u64>(0, 86_400_000))]
+    pub max_connection_age_grace_ms: u64,
 
     /// After SIGTERM or SIGINT: how long the server continues to accept requests while its
     /// health is NOT_SERVING, in milliseconds. A second signal skips the delay.
@@ -89,6 +116,11 @@ pub struct Config {
     /// After the drain delay: how long running requests may take to finish, in milliseconds.
     #[arg(long, env, default_value_t = 20_000, value_parser = range::<u64>(0, 600_000))]
     pub shutdown_grace_ms: u64,
+
+    /// How long a stream may wait for its client to read, in milliseconds. It is reset within
+    /// twice this time.
+    #[arg(long, env, default_value_t = 300_000, value_parser = range::<u64>(1, 86_400_000))]
+    pub stream_read_timeout_ms: u64,
 
     /// Interval between two deletions of expired rows, in milliseconds.
     #[arg(long, env, default_value_t = 60_000, value_parser = range::<u64>(10, 86_400_000))]
@@ -131,6 +163,10 @@ pub struct Config {
     #[arg(long, env, default_value = "on")]
     pub request_coalescing: RequestCoalescing,
 
+    /// Whether the server describes its API to tools such as grpcurl.
+    #[arg(long, env, default_value = "on")]
+    pub reflection: Reflection,
+
     /// What to log: a level, or `target=level` pairs. `debug` includes SQL statements, without
     /// their parameters.
     #[arg(long, env, default_value = "info", value_parser = parse_log_filter)]
@@ -148,6 +184,15 @@ pub enum RequestCoalescing {
     /// Queued requests share a statement.
     On,
     /// Each request runs alone.
+    Off,
+}
+
+/// Whether the server has the services of gRPC reflection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Reflection {
+    /// It has both versions.
+    On,
+    /// A request for them is answered with UNIMPLEMENTED.
     Off,
 }
 

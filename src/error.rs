@@ -86,6 +86,10 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
+    /// The bytes of requests and responses in memory reach a limit.
+    TooManyBytes,
+    /// The request was handled, but the bytes of its response reach a limit.
+    ResponseDropped,
     /// The change log no longer holds all changes after the token.
     ResumeTokenExpired,
     /// The token belongs to a copy of the database, or to a history that this one does not share.
@@ -96,6 +100,8 @@ pub enum Error {
     OutcomeUnknown,
     /// The server is shutting down and ends its streams.
     ShuttingDown,
+    /// The connection has reached its maximum age, and its streams end.
+    ConnectionTooOld,
     /// The caller's deadline, or the server's limit, passed.
     DeadlineExceeded,
     /// A defect; the log has the cause.
@@ -196,7 +202,12 @@ impl Error {
     pub fn of_message(status: &Status) -> Self {
         let what = match status.code() {
             Code::OutOfRange => "is too large: at most 4 MiB",
-            Code::Unavailable => return Self::ShuttingDown,
+            Code::Unavailable => {
+                // The server has ended the request itself.
+                let causes = [Self::TooManyBytes, Self::ConnectionTooOld];
+                let cause = causes.into_iter().find(|cause| cause.message() == status.message());
+                return cause.unwrap_or(Self::ShuttingDown);
+            }
             Code::InvalidArgument => return Self::too_many_elements(),
             _ => "is not a message of this rpc",
         };
@@ -217,12 +228,12 @@ impl Error {
             Self::EmailAmbiguous => Reason::EmailAmbiguous,
             Self::RevisionMismatch { .. } => Reason::RevisionMismatch,
             Self::TransactionConflict | Self::LockTimeout => Reason::TransactionConflict,
-            Self::Overloaded | Self::TooManyStreams { .. } => Reason::Overloaded,
+            Self::Overloaded | Self::TooManyStreams { .. } | Self::TooManyBytes => Reason::Overloaded,
             Self::ResumeTokenExpired => Reason::ResumeTokenExpired,
             Self::ResumeTokenForeign => Reason::ResumeTokenForeign,
             Self::DatabaseUnavailable => Reason::DatabaseUnavailable,
-            Self::OutcomeUnknown => Reason::OutcomeUnknown,
-            Self::ShuttingDown => Reason::ShuttingDown,
+            Self::OutcomeUnknown | Self::ResponseDropped => Reason::OutcomeUnknown,
+            Self::ShuttingDown | Self::ConnectionTooOld => Reason::ShuttingDown,
             Self::DeadlineExceeded => Reason::DeadlineExceeded,
             Self::Internal => Reason::Internal,
         }
@@ -249,6 +260,13 @@ impl Error {
                 "a concurrent transaction was in the way; nothing was changed"
             }
             Self::Overloaded => "too many requests are queued; nothing was started",
+            Self::TooManyBytes => {
+                "requests and unread responses take too much memory: send fewer at once, read faster"
+            }
+            Self::ResponseDropped => {
+                "the request was handled, but unread responses take too much memory: retry with the same \
+                 request_id"
+            }
             Self::ResumeTokenExpired => {
                 "resume_token: changes after it are no longer in the change log: start again with \
                  send_initial_state"
@@ -260,6 +278,7 @@ impl Error {
             Self::DatabaseUnavailable => "the database cannot be reached; nothing was changed",
             Self::OutcomeUnknown => "the connection to the database broke: retry with the same request_id",
             Self::ShuttingDown => "the server is shutting down; reconnect to another replica",
+            Self::ConnectionTooOld => "the connection has reached its maximum age; reconnect",
             Self::DeadlineExceeded => "the deadline has passed",
             Self::Internal => "internal error",
         };
@@ -271,9 +290,11 @@ impl Error {
         match self {
             Self::TransactionConflict | Self::LockTimeout => Some(Duration::from_millis(50)),
             Self::Overloaded => Some(Duration::from_millis(500)),
-            Self::TooManyStreams { .. } | Self::DatabaseUnavailable | Self::OutcomeUnknown => {
-                Some(Duration::from_secs(1))
-            }
+            Self::TooManyStreams { .. }
+            | Self::TooManyBytes
+            | Self::ResponseDropped
+            | Self::DatabaseUnavailable
+            | Self::OutcomeUnknown => Some(Duration::from_secs(1)),
             _ => None,
         }
     }

@@ -1,6 +1,9 @@
 //! Log set-up, and the text of errors in the log.
 
-use std::error::Error;
+use std::{
+    error::Error,
+    panic::{self, PanicHookInfo},
+};
 
 use anyhow::{Chain, Context};
 use tokio_postgres::error::DbError;
@@ -16,7 +19,15 @@ pub fn init(config: &Config) -> anyhow::Result<()> {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
+    panic::set_hook(Box::new(log_panic));
     Ok(())
+}
+
+/// Logs where a panic was. Its message can have personal data: std quotes a string that is
+/// sliced at a wrong place.
+fn log_panic(info: &PanicHookInfo<'_>) {
+    let location = info.location().map(ToString::to_string);
+    tracing::error!(location, "panic");
 }
 
 /// Formats an error and its causes. An error of PostgreSQL appears with its SQLSTATE,

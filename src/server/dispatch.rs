@@ -1,19 +1,21 @@
-//! One request: service look-up, deadline, panic, error details, and the end of
-//! streams at shutdown.
+//! One request: service look-up, limits, deadline, panic, error details, and the end of
+//! streams.
 
 use std::{
-    any::Any,
     convert::Infallible,
+    error::Error as StdError,
     future::{Future, ready},
     panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use futures_util::{FutureExt, future::BoxFuture, stream};
-use http::{HeaderMap, Request, Response, StatusCode, header::CONTENT_TYPE};
-use http_body_util::{BodyExt, StreamBody};
-use hyper::body::{Frame, Incoming};
+use futures_util::{FutureExt, future::BoxFuture};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
+    header::{ALLOW, CONTENT_TYPE},
+};
+use hyper::body::{Body as HttpBody, Bytes};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body};
@@ -21,6 +23,8 @@ use tower_service::Service;
 
 use crate::error::Error;
 use crate::pb::ErrorReason as Reason;
+use crate::server::body::{IdleTimer, Messages, RequestBody, ResponseBody, StreamEnd};
+use crate::server::state::{ConnectionState, RequestState};
 
 /// The response of a service, in the form that tonic generates.
 type ResponseFuture = BoxFuture<'static, Result<Response<Body>, Infallible>>;
@@ -46,10 +50,26 @@ pub struct NamedService {
     /// The full name, such as `users.v1.UserService`.
     pub name: &'static str,
     /// The implementation.
-    pub service: Box<dyn GrpcService>,
-    /// The names of the methods that stream in either direction. Shutdown ends their
-    /// streams.
-    pub streaming_methods: Vec<String>,
+    pub service: Arc<dyn GrpcService>,
+    /// What the server has to know of its methods.
+    pub methods: Vec<MethodKind>,
+}
+
+/// What the server has to know of a method. The default is a unary change.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MethodKind {
+    /// The name, such as `GetUser`.
+    pub name: String,
+    /// The client sends several messages.
+    pub takes_stream: bool,
+    /// The server sends several messages.
+    pub returns_stream: bool,
+    /// The stream ends by itself. Others are ended when their connection is too old.
+    pub is_finite: bool,
+    /// How long the stream waits for a message of its client. `None`: the service decides.
+    pub idle_timeout: Option<Duration>,
+    /// The method changes nothing.
+    pub is_read: bool,
 }
 
 /// Handles the requests of all connections.
@@ -66,94 +86,120 @@ pub(super) struct Dispatcher {
 struct PendingResponse {
     future: ResponseFuture,
     timeout: Duration,
-    is_stream: bool,
+    /// `None` if the request was rejected.
+    request: Option<Arc<RequestState>>,
+    end: Option<StreamEnd>,
 }
 
 impl Dispatcher {
-    /// Handles one request; a deadline, panic or failure becomes a gRPC status. The
-    /// service receives the request before the returned future is polled, so that the
+    /// Handles one request; a deadline, panic or failure becomes a gRPC status. Returns what
+    /// the request holds, unless it was rejected, and the response.
+    ///
+    /// The service receives the request before the returned future is polled, so that the
     /// future does not hold the request as well.
-    pub(super) fn handle(
-        self: Arc<Self>,
-        request: Request<Incoming>,
-    ) -> impl Future<Output = Response<Body>> {
+    pub(super) fn handle<B>(
+        &self,
+        request: Request<B>,
+        connection: &Arc<ConnectionState>,
+    ) -> (Option<Arc<RequestState>>, impl Future<Output = Response<ResponseBody>> + use<B>)
+    where
+        B: HttpBody<Data = Bytes, Error: Into<Box<dyn StdError + Send + Sync>>> + Send + Unpin + 'static,
+    {
         let mut record = RequestRecord::new(request.uri().path());
-        let pending = self.dispatch(request.map(Body::new));
-        async move {
-            let response = self.respond(pending).await;
+        let pending = self.dispatch(request, connection);
+        let state = pending.request.clone();
+        let response = async move {
+            let response = pending.respond().await;
             if let Some(record) = &mut record {
                 record.status = Some(status_of(&response));
             }
             response
-        }
+        };
+        (state, response)
     }
 
     /// Passes a request to its service, or rejects it.
-    fn dispatch(&self, request: Request<Body>) -> PendingResponse {
-        let timeout = self.request_timeout;
-        let reject =
-            |response| PendingResponse { future: ready(Ok(response)).boxed(), timeout, is_stream: false };
-        if !is_grpc(request.headers()) {
-            return reject(unsupported_media_type());
-        }
-        let timeout = match timeout_of(request.headers()) {
-            Ok(requested) => requested.map_or(timeout, |requested| requested.min(timeout)),
-            Err(error) => return reject(Status::from(error).into_http()),
+    fn dispatch<B>(&self, request: Request<B>, connection: &Arc<ConnectionState>) -> PendingResponse
+    where
+        B: HttpBody<Data = Bytes, Error: Into<Box<dyn StdError + Send + Sync>>> + Send + Unpin + 'static,
+    {
+        let timeout = match self.check(&request) {
+            Ok(timeout) => timeout,
+            Err(response) => return PendingResponse::rejected(*response),
         };
         let mut path = request.uri().path().split('/').skip(1);
         let (name, method) = (path.next().unwrap_or_default(), path.next().unwrap_or_default());
         let found = self.services.iter().find(|service| service.name == name);
-        let Some(NamedService { service, streaming_methods, .. }) = found.or_else(|| self.services.first())
-        else {
-            return reject(Status::from(Error::Internal).into_http());
+        let Some(NamedService { service, methods, .. }) = found.or_else(|| self.services.first()) else {
+            return PendingResponse::rejected(Status::from(Error::Internal).into_http());
         };
-        let is_stream = streaming_methods.iter().any(|streaming| streaming == method);
-        let request = match is_stream {
-            true => request.map(|body| end_at_shutdown(body, self.shutdown.clone(), None)),
-            false => request,
+        let unary = MethodKind::default();
+        let method = methods.iter().find(|known| known.name == method).unwrap_or(&unary);
+        let is_stream = method.takes_stream || method.returns_stream;
+        let state = match connection.start_request(is_stream, method.is_read) {
+            Ok(state) => state,
+            Err(error) => return PendingResponse::rejected(Status::from(error).into_http()),
         };
-        PendingResponse { future: service.call(request), timeout, is_stream }
+        let end = || {
+            let token = if method.is_finite { &connection.end_streams } else { &connection.end_watches };
+            is_stream.then(|| StreamEnd::new(token, &self.shutdown))
+        };
+        let request = request.map(|body| {
+            Body::new(RequestBody {
+                body,
+                request: Arc::clone(&state),
+                messages: Messages::default(),
+                is_stream: method.takes_stream,
+                end: end(),
+                idle: method.idle_timeout.map(IdleTimer::new),
+            })
+        });
+        PendingResponse { future: service.call(request), timeout, request: Some(state), end: end() }
+    }
+
+    /// Checks what all requests have in common, and returns the time until the deadline.
+    fn check<B>(&self, request: &Request<B>) -> Result<Duration, Box<Response<Body>>> {
+        if request.method() != Method::POST {
+            let mut response = without_body(StatusCode::METHOD_NOT_ALLOWED);
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static("POST"));
+            return Err(response.into());
+        }
+        if !is_grpc(request.headers()) {
+            return Err(without_body(StatusCode::UNSUPPORTED_MEDIA_TYPE).into());
+        }
+        match timeout_of(request.headers()) {
+            Ok(Some(Duration::ZERO)) => Err(Box::new(Status::from(Error::DeadlineExceeded).into_http())),
+            Ok(Some(requested)) => Ok(requested.min(self.request_timeout)),
+            Ok(None) => Ok(self.request_timeout),
+            Err(error) => Err(Box::new(Status::from(error).into_http())),
+        }
+    }
+}
+
+impl PendingResponse {
+    fn rejected(response: Response<Body>) -> Self {
+        // The response is there, so the timeout does not matter.
+        Self { future: ready(Ok(response)).boxed(), timeout: Duration::MAX, request: None, end: None }
     }
 
     /// Awaits the response. After the deadline, the service's future is dropped and
     /// cleans up after itself. A panic fails this request only.
-    async fn respond(&self, pending: PendingResponse) -> Response<Body> {
-        let future = AssertUnwindSafe(pending.future).catch_unwind();
-        match time::timeout(pending.timeout, future).await {
-            Ok(Ok(Ok(response))) if pending.is_stream => with_error_details(response)
-                .map(|body| end_at_shutdown(body, self.shutdown.clone(), shutdown_trailers())),
+    async fn respond(self) -> Response<ResponseBody> {
+        let future = AssertUnwindSafe(self.future).catch_unwind();
+        let response = match time::timeout(self.timeout, future).await {
             Ok(Ok(Ok(response))) => with_error_details(response),
-            Ok(Err(panic)) => {
-                tracing::error!(panic = panic_message(panic.as_ref()), "request handler panicked");
-                Status::from(Error::Internal).into_http()
-            }
+            // The panic hook has logged where it was.
+            Ok(Err(_)) => Status::from(Error::Internal).into_http(),
             Err(_) => Status::from(Error::DeadlineExceeded).into_http(),
+        };
+        match self.request {
+            Some(request) => {
+                request.start_response();
+                response.map(|body| ResponseBody::new(body, request, self.end))
+            }
+            None => response.map(ResponseBody::uncounted),
         }
     }
-}
-
-/// Ends one direction of a stream at shutdown. A response ends with `trailers`. A
-/// request (no trailers) ends with an error, because the client has not finished it.
-///
-/// Without this, a stream would keep its connection open as long as the client likes.
-/// If the client does not read, hyper does not poll the response, and the stream lasts
-/// until the end of the grace period.
-fn end_at_shutdown(body: Body, shutdown: CancellationToken, trailers: Option<HeaderMap>) -> Body {
-    let shutdown = Box::pin(shutdown.cancelled_owned());
-    let frames = stream::unfold(Some((body, shutdown, trailers)), async |state| {
-        let (mut body, mut shutdown, trailers) = state?;
-        tokio::select! {
-            biased;
-            frame = body.frame() => Some((frame?, Some((body, shutdown, trailers)))),
-            () = &mut shutdown => Some((trailers.map(Frame::trailers).ok_or(Error::ShuttingDown.into()), None)),
-        }
-    });
-    Body::new(StreamBody::new(frames))
-}
-
-fn shutdown_trailers() -> Option<HeaderMap> {
-    let mut trailers = HeaderMap::new();
-    Status::from(Error::ShuttingDown).add_header(&mut trailers).ok().map(|()| trailers)
 }
 
 fn is_grpc(headers: &HeaderMap) -> bool {
@@ -162,9 +208,9 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     suffix.is_some_and(|suffix| matches!(suffix.first(), None | Some(b'+' | b';')))
 }
 
-fn unsupported_media_type() -> Response<Body> {
+fn without_body(status: StatusCode) -> Response<Body> {
     let mut response = Response::new(Body::default());
-    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    *response.status_mut() = status;
     response
 }
 
@@ -214,17 +260,12 @@ fn with_error_details(response: Response<Body>) -> Response<Body> {
 
 /// The status of a response without a body. Any other response counts as OK: its
 /// status is in the trailers, which are not known yet.
-fn status_of(response: &Response<Body>) -> Code {
+fn status_of<B>(response: &Response<B>) -> Code {
     match response.headers().get("grpc-status") {
         Some(value) => Code::from_bytes(value.as_bytes()),
         None if response.status().is_success() => Code::Ok,
         None => Code::Unknown,
     }
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
 /// Logs a request when it is dropped: after its response, or when the client has
@@ -261,6 +302,8 @@ mod tests {
     use tonic_types::StatusExt;
 
     use super::*;
+    use crate::limits::ConnectionId;
+    use crate::server::state::{RequestLimits, ServerState};
 
     proptest! {
         #[test]
@@ -327,15 +370,22 @@ mod tests {
             }
         }
 
-        let named = NamedService { name: "test", service: Box::new(Panics), streaming_methods: Vec::new() };
-        let dispatcher = Dispatcher {
-            services: vec![named],
-            request_timeout: Duration::from_secs(1),
-            shutdown: CancellationToken::new(),
+        let named = NamedService { name: "test", service: Arc::new(Panics), methods: Vec::new() };
+        let (timeout, shutdown) = (Duration::from_secs(1), CancellationToken::new());
+        let dispatcher =
+            Dispatcher { services: vec![named], request_timeout: timeout, shutdown: shutdown.clone() };
+        let limits = RequestLimits {
+            max_requests: 8,
+            max_bytes: 0,
+            max_bytes_per_connection: 0,
+            timeout,
+            stream_read_timeout: timeout,
         };
+        let connection =
+            Arc::new(ConnectionState::new(ConnectionId(1), Arc::new(ServerState::new(limits)), &shutdown));
         let send = |path| {
             let request = Request::post(path).header(CONTENT_TYPE, "application/grpc");
-            dispatcher.respond(dispatcher.dispatch(request.body(Body::default()).unwrap()))
+            dispatcher.handle(request.body(Body::default()).unwrap(), &connection).1
         };
         let response = send("/test/panic").await;
         let status = Status::from_header_map(response.headers()).unwrap();

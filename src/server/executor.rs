@@ -11,7 +11,7 @@ use std::{
     panic::AssertUnwindSafe,
     pin::pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
@@ -26,29 +26,60 @@ use futures_util::{
 use hyper::rt::Executor;
 use tokio::sync::mpsc;
 
+use crate::server::state::{ReadDeadline, RequestState};
+
 /// How often a future that wakes itself is polled before it yields to other tasks.
 const MAX_POLLS: usize = 8;
 
 /// Receives the requests of one connection from hyper.
 #[derive(Clone)]
-pub struct ConnectionExecutor(mpsc::UnboundedSender<BoxFuture<'static, ()>>);
+pub struct ConnectionExecutor {
+    sender: mpsc::UnboundedSender<BoxFuture<'static, ()>>,
+    /// What the request holds whose future comes next.
+    next: Arc<Mutex<Option<Arc<RequestState>>>>,
+}
 
 impl ConnectionExecutor {
     /// Returns the executor, and the future that runs its requests.
     fn new() -> (Self, BoxFuture<'static, ()>) {
         let (sender, mut receiver) = mpsc::unbounded_channel();
         let requests = stream::poll_fn(move |cx| receiver.poll_recv(cx));
-        (Self(sender), requests.for_each_concurrent(None, |request| request).boxed())
+        let executor = Self { sender, next: Arc::default() };
+        (executor, requests.for_each_concurrent(None, |request| request).boxed())
+    }
+
+    /// Sets what the next request holds. hyper calls its service, and then at once
+    /// [`execute`](Executor::execute) with the future that handles the request and sends the
+    /// response.
+    pub(super) fn set_next(&self, request: Option<Arc<RequestState>>) {
+        *self.next() = request;
+    }
+
+    fn next(&self) -> MutexGuard<'_, Option<Arc<RequestState>>> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for ConnectionExecutor {
     fn execute(&self, request: F) {
-        // `dispatch.rs` turns the panic of a service into a response. A panic later, in
-        // the body of a response, fails this request only.
-        let request = AssertUnwindSafe(request).catch_unwind().map(drop);
+        let state = self.next().take();
+        let request = async move {
+            // `dispatch.rs` turns the panic of a service into a response. A panic later, in
+            // the body of a response, fails this request only.
+            let mut request = pin!(AssertUnwindSafe(request).catch_unwind());
+            let mut deadline = ReadDeadline::default();
+            poll_fn(|cx| match (request.poll_unpin(cx), &state) {
+                (Poll::Ready(_), _) => Poll::Ready(()),
+                // hyper does not ask for more of a response while the client does not read,
+                // so the deadline cannot be in the response. Dropping the future resets the
+                // stream.
+                (Poll::Pending, Some(state)) => deadline.poll(state, cx),
+                (Poll::Pending, None) => Poll::Pending,
+            })
+            .await;
+        };
         // The receiver lives as long as the connection, so this cannot fail.
-        let _ = self.0.send(request.boxed());
+        let _ = self.sender.send(request.boxed());
     }
 }
 

@@ -203,6 +203,13 @@ impl Server {
         server
     }
 
+    /// The address of the listener for probes, with `HEALTH_ADDR` set to port 0.
+    pub fn health_addr(&self) -> String {
+        let log = self.log();
+        let line = log.lines().find(|line| line.contains("listening for probes")).unwrap();
+        line.split_once(r#""addr":""#).unwrap().1.split_once('"').unwrap().0.to_owned()
+    }
+
     pub fn log(&self) -> String {
         fs::read_to_string(self.log.path()).unwrap()
     }
@@ -254,7 +261,12 @@ impl Server {
 
     /// The health of a service; `None` if the server cannot be reached.
     pub async fn health(&self, service: &str) -> Option<ServingStatus> {
-        let endpoint = Channel::from_shared(format!("http://{}", self.addr)).unwrap();
+        self.health_at(&self.addr, service).await
+    }
+
+    /// The same, asked at another address.
+    pub async fn health_at(&self, addr: &str, service: &str) -> Option<ServingStatus> {
+        let endpoint = Channel::from_shared(format!("http://{addr}")).unwrap();
         let mut client = HealthClient::new(endpoint.connect().await.ok()?);
         let request = HealthCheckRequest { service: service.into() };
         Some(client.check(request).await.ok()?.into_inner().status())
@@ -335,6 +347,13 @@ pub async fn terminate_backends(database: &Database) -> i64 {
 }
 
 // ------------------------------------------------------------------- requests
+
+/// A client with flow-control windows that are smaller than the changes.
+pub async fn narrow_client(server: &Server) -> UserServiceClient<Channel> {
+    let channel = Channel::from_shared(format!("http://{}", server.addr)).unwrap();
+    let channel = channel.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
+    UserServiceClient::new(channel.connect().await.unwrap())
+}
 
 /// A user to create, with [`SECRET`] in its name and its address.
 pub fn user(name: &str) -> pb::User {

@@ -9,13 +9,6 @@ use user_service::pb::{self, user_service_client::UserServiceClient};
 use crate::feed::watch::{Watch, insert, user_of};
 use crate::support::*;
 
-/// A client with flow-control windows that are smaller than the changes.
-async fn narrow_client(server: &Server) -> UserServiceClient<Channel> {
-    let channel = Channel::from_shared(format!("http://{}", server.addr)).unwrap();
-    let channel = channel.initial_stream_window_size(65_535).initial_connection_window_size(65_535);
-    UserServiceClient::new(channel.connect().await.unwrap())
-}
-
 #[tokio::test]
 async fn slow_watcher_catches_up_without_blocking_others() {
     // More batches than the feed keeps.

@@ -1,9 +1,19 @@
 //! Third-party clients use the service; they know it by reflection only.
 
-use std::{path::PathBuf, process::Command};
+use std::{
+    io::Write as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
 
+use base64::{Engine as _, engine::general_purpose::STANDARD_NO_PAD};
+use prost::Message as _;
+use serde_json::json;
 use tonic_reflection::pb::{v1, v1alpha};
+use tonic_types::pb::ErrorInfo;
+use user_service::pb;
 
+use crate::feed::watch::{Watch, insert};
 use crate::support::*;
 
 /// A command of a program that `make test` installs.
@@ -67,6 +77,132 @@ async fn buf_curl_creates_changes_and_erases_a_user() {
     assert!(buf_curl(&server, "UndeleteUser", &undelete).unwrap().contains(r#""revision":"4""#));
     assert!(buf_curl(&server, "ExpungeUser", &with_id(r#","force":true"#)).unwrap().contains(id));
     assert!(buf_curl(&server, "GetUser", &with_id("")).unwrap_err().contains("not_found"));
+}
+
+/// A request that is rejected, and what clients have to read.
+struct Rejection {
+    rpc: &'static str,
+    request: serde_json::Value,
+    code: &'static str,
+    reason: &'static str,
+    message: &'static str,
+}
+
+const fn rejection(
+    rpc: &'static str,
+    request: serde_json::Value,
+    code: &'static str,
+    reason: &'static str,
+    message: &'static str,
+) -> Rejection {
+    Rejection { rpc, request, code, reason, message }
+}
+
+const WATCH: &str = "users.v1.UserService/WatchUsers";
+const EXPORT: &str = "users.v1.UserService/ExportUsers";
+const IMPORT: &str = "users.v1.UserService/ImportUsers";
+
+/// Sends the requests by three implementations of gRPC. Each has to read the code, the
+/// message, and the details.
+fn assert_clients_read(server: &Server, rejections: &[Rejection]) {
+    let mut descriptors = tempfile::NamedTempFile::new().unwrap();
+    descriptors.write_all(pb::FILE_DESCRIPTOR_SET).unwrap();
+    let cases = rejections.iter().map(|case| {
+        json!({
+            "rpc": case.rpc, "request": case.request, "code": case.code, "reason": case.reason,
+            "message": case.message,
+        })
+    });
+    let cases = serde_json::Value::from_iter(cases).to_string();
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let mut node = Command::new("node");
+    node.env("NODE_PATH", root.join(".tools/node_modules"));
+    for (mut program, script) in [(tool("venv/bin/python"), "rejections.py"), (node, "rejections.js")] {
+        program.arg(root.join("tests/clients").join(script)).arg(&server.addr).arg(descriptors.path());
+        program.stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = program.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(cases.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    for case in rejections {
+        let method = case.rpc.rsplit_once('/').unwrap().1;
+        let read = buf_curl(server, method, &case.request.to_string()).unwrap_err();
+        let read: serde_json::Value = serde_json::from_str(&read).unwrap();
+        assert_eq!(read["code"], case.code.to_lowercase(), "{read}");
+        let message = case.message.split_whitespace().collect::<String>();
+        assert!(read["message"].as_str().unwrap().contains(&message), "{read}");
+        let details = read["details"].as_array().unwrap();
+        let info = details.iter().find(|detail| detail["type"] == "google.rpc.ErrorInfo").unwrap();
+        let info = STANDARD_NO_PAD.decode(info["value"].as_str().unwrap()).unwrap();
+        assert_eq!(ErrorInfo::decode(&*info).unwrap().reason, case.reason);
+    }
+}
+
+#[tokio::test]
+async fn three_implementations_of_grpc_read_rejections_of_streams() {
+    let database = Database::migrated().await;
+    let settings = [("MAX_WATCHERS", "1"), ("MAX_EXPORTS", "1"), ("MAX_IMPORTS", "1")];
+    let server = Server::start(&database, &settings).await;
+    let prefix = json!({"filter": {"username_prefix": "ab", "email": "a@example.com"}});
+    let import = |chunk| json!({"import_id": new_request_id(), "chunk": chunk});
+    assert_clients_read(
+        &server,
+        &[
+            rejection(
+                WATCH,
+                json!({"resume_token": "x"}),
+                "INVALID_ARGUMENT",
+                "RESUME_TOKEN_INVALID",
+                "resume",
+            ),
+            rejection(WATCH, prefix, "INVALID_ARGUMENT", "FILTER_UNSUPPORTED", "filter"),
+            rejection(
+                EXPORT,
+                json!({"filter": {"email": "zqzq"}}),
+                "INVALID_ARGUMENT",
+                "EMAIL_INVALID",
+                "filter.email",
+            ),
+            rejection(IMPORT, json!({"chunk": 1}), "INVALID_ARGUMENT", "FIELD_REQUIRED", "import_id"),
+            rejection(IMPORT, import(0), "INVALID_ARGUMENT", "FIELD_REQUIRED", "chunk"),
+        ],
+    );
+
+    // Each limit is reached by a stream that is not read.
+    insert(&database, "user", 10, 2_000).await;
+    let mut client = narrow_client(&server).await;
+    let _watch = Watch::from_now(&mut client).await;
+    let _export = client.export_users(pb::ExportUsersRequest::default()).await.unwrap();
+    let _import = client.import_users(futures_util::stream::pending()).await.unwrap();
+    let is_full = |rpc, request, message| rejection(rpc, request, "UNAVAILABLE", "OVERLOADED", message);
+    assert_clients_read(
+        &server,
+        &[
+            is_full(WATCH, json!({}), "the limit of 1 watches"),
+            is_full(EXPORT, json!({}), "the limit of 1 exports"),
+            is_full(IMPORT, import(1), "the limit of 1 imports"),
+        ],
+    );
+}
+
+#[tokio::test]
+async fn three_implementations_of_grpc_read_that_the_database_is_unavailable() {
+    let url = "postgres://postgres@%2Fnonexistent/postgres";
+    let server = Server::spawn(&[("DATABASE_URL", url)]).await;
+    let is_unavailable =
+        |rpc| rejection(rpc, json!({}), "UNAVAILABLE", "DATABASE_UNAVAILABLE", "cannot be reached");
+    assert_clients_read(&server, &[is_unavailable(WATCH), is_unavailable(EXPORT)]);
+}
+
+#[tokio::test]
+async fn reflection_can_be_switched_off() {
+    let database = Database::migrated().await;
+    let server = Server::start(&database, &[("REFLECTION", "off")]).await;
+    let mut client = v1::server_reflection_client::ServerReflectionClient::new(server.channel().await);
+    let status = client.server_reflection_info(futures_util::stream::pending()).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Unimplemented);
+    created(&mut server.client().await, "alice").await;
 }
 
 #[tokio::test]

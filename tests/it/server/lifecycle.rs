@@ -1,4 +1,4 @@
-//! Start, health, connection limits, and shutdown.
+//! Start, health, prefaces, and shutdown.
 
 use std::{
     process::{Command, Stdio},
@@ -143,22 +143,6 @@ async fn requests_are_cancelled_after_the_shutdown_grace_period() {
         .await;
     assert!(signalled.elapsed() < Duration::from_secs(10), "{:?}", signalled.elapsed());
     blocked.await.unwrap().unwrap_err();
-}
-
-#[tokio::test]
-async fn connections_beyond_the_limit_are_closed_at_once() {
-    let database = Database::migrated().await;
-    let server = Server::start(&database, &[("MAX_CONNECTIONS", "3")]).await;
-    // The fourth connection is closed. The others wait for the preface.
-    let connections: Vec<_> = join_all((0..4).map(|_| TcpStream::connect(&server.addr))).await;
-    let mut connections: Vec<_> = connections.into_iter().map(Result::unwrap).collect();
-    let ends =
-        connections.iter_mut().map(|stream| Box::pin(async { stream.read(&mut [0]).await.unwrap_or(0) }));
-    let (read, _, others) = futures_util::future::select_all(ends).await;
-    assert_eq!((read, others.len()), (0, 3));
-    drop(others);
-    connections.clear();
-    server.wait_until("", ServingStatus::Serving).await;
 }
 
 #[tokio::test]
