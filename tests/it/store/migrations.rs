@@ -141,34 +141,8 @@ fn documented_grants(database: &str) -> Vec<Vec<String>> {
     blocks.map(statements).collect()
 }
 
-#[tokio::test]
-async fn role_with_the_documented_grants_serves_and_purges_and_cannot_change_the_schema() {
-    let admin = Database::empty().await;
-    let [as_superuser, before, after] = documented_grants(&admin.name).try_into().unwrap();
-    for statement in as_superuser {
-        admin.connect().await.batch_execute(&statement).await.unwrap();
-    }
-    let database = Database { name: format!("{}_roles", admin.name), ..admin.clone() };
-    let url = |role: &str| database.url().replace("postgres:zqzqpassword", &format!("{}_{role}", admin.name));
-    let run = async |statements: Vec<String>| {
-        let config: tokio_postgres::Config = url("migrator").parse().unwrap();
-        let (client, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
-        tokio::spawn(connection);
-        for statement in statements {
-            client.batch_execute(&statement).await.unwrap();
-        }
-    };
-    run(before).await;
-    let mut migrate = Command::new(env!("CARGO_BIN_EXE_user-service"));
-    let output = migrate.arg("migrate").env_clear().env("DATABASE_URL", url("migrator")).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    run(after).await;
-
-    let url = url("server");
-    let settings =
-        [("DATABASE_URL", url.as_str()), ("PURGE_INTERVAL_MS", "10"), ("CHANGE_RETENTION_HOURS", "1")];
-    let server = Server::spawn(&settings).await;
-    server.wait_until("", ServingStatus::Serving).await;
+/// Creates, changes, reads, imports, exports and expunges users, with a watch beside.
+async fn make_every_kind_of_call(server: &Server) {
     let mut client = server.client().await;
     let mut watch = Watch::from_now(&mut client).await;
     let request_id = new_request_id();
@@ -202,6 +176,38 @@ async fn role_with_the_documented_grants_serves_and_purges_and_cannot_change_the
     assert_eq!(exported, 3);
     client.expunge_user(expunge(&alice.id)).await.unwrap();
     watch.changes(7).await;
+}
+
+#[tokio::test]
+async fn role_with_the_documented_grants_serves_and_purges_and_cannot_change_the_schema() {
+    let admin = Database::empty().await;
+    let [as_superuser, before, after] = documented_grants(&admin.name).try_into().unwrap();
+    for statement in as_superuser {
+        admin.connect().await.batch_execute(&statement).await.unwrap();
+    }
+    let database = Database { name: format!("{}_roles", admin.name), ..admin.clone() };
+    let url = |role: &str| database.url().replace("postgres:zqzqpassword", &format!("{}_{role}", admin.name));
+    let run = async |statements: Vec<String>| {
+        let config: tokio_postgres::Config = url("migrator").parse().unwrap();
+        let (client, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(connection);
+        for statement in statements {
+            client.batch_execute(&statement).await.unwrap();
+        }
+    };
+    run(before).await;
+    let mut migrate = Command::new(env!("CARGO_BIN_EXE_user-service"));
+    let output = migrate.arg("migrate").env_clear().env("DATABASE_URL", url("migrator")).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    run(after).await;
+
+    let url = url("server");
+    let settings =
+        [("DATABASE_URL", url.as_str()), ("PURGE_INTERVAL_MS", "10"), ("CHANGE_RETENTION_HOURS", "1")];
+    let server = Server::spawn(&settings).await;
+    server.wait_until("", ServingStatus::Serving).await;
+    make_every_kind_of_call(&server).await;
+    let mut client = server.client().await;
     // The purge: of users, of every other kind of row, and of changes.
     let dave =
         client.get_user(by_username(&format!("{SECRET}dave"))).await.unwrap().into_inner().user.unwrap();
@@ -215,7 +221,7 @@ async fn role_with_the_documented_grants_serves_and_purges_and_cannot_change_the
         + (select count(*) from import_chunks) + (select count(*) from username_holds)
         + pg_relation_size('user_changes_0')";
     eventually("the purge empties them", async || (database.count(left).await == 0).then_some(())).await;
-    assert!(!server.log().contains("42501"), "permission denied: {}", server.log());
+    assert!(!server.log().contains("permission denied"), "{}", server.log());
 
     let config: tokio_postgres::Config = url.parse().unwrap();
     let (client, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
