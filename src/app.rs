@@ -197,8 +197,8 @@ async fn open_database(config: &Config) -> anyhow::Result<(Option<Embedded>, tok
     Ok((dev_postgres, connect::with_timeouts(postgres.context("no database")?)))
 }
 
-/// Migrates or checks the schema, and verifies the database. Waits without limit for an unavailable database;
-/// any other failure is an error, because a retry cannot help.
+/// Migrates or checks the schema, and verifies the database. Waits without limit for an
+/// unavailable database; any other failure is an error, because a retry cannot help.
 async fn prepare_database(
     postgres: &tokio_postgres::Config,
     db: &Db,
@@ -214,8 +214,8 @@ async fn prepare_database(
                 false => migrate::check(postgres).await?,
             }
             change_log::reset_origin(postgres).await?;
-            change_log::verify(db).await?;
             token_keys.load(postgres).await?;
+            change_log::verify(db).await?;
             db.verify_schema().await
         }
         .await
