@@ -291,7 +291,8 @@ async fn killed_migration_is_finished_by_the_next_attempt() {
     let killed = waiting_session(&database, "%alter table user_changes%").await;
     terminate(&database, killed).await;
     assert_ne!(waiting_session(&database, "%alter table user_changes%").await, killed);
-    assert_eq!(database.count(APPLIED).await, i64::from(OLD_VERSION));
+    let partitions = "select count(*) from refinery_schema_history where name like '%partition%'";
+    assert_eq!(database.count(partitions).await, 0);
     // Outside a transaction: it waits for the transactions that use the table.
     reader.batch_execute("rollback; begin; select from requests").await.unwrap();
     let killed = waiting_session(&database, "%drop index concurrently%").await;
