@@ -4,7 +4,7 @@
 //! The database check is also the judge of the connections: it finds out that the server does not
 //! answer any more, or that its address leads to another server, and closes them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{
     FutureExt,
@@ -15,7 +15,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::pb;
 use crate::store::connect::{ServerState, connect, server_state};
-use crate::store::pool::Db;
+use crate::store::pool::{Db, Kept};
 use crate::telemetry::describe;
 
 /// The time between two database checks.
@@ -60,14 +60,17 @@ pub async fn watch_database(postgres: &tokio_postgres::Config, db: &Db, reporter
         postgres.connect_timeout(CHECK_TIMEOUT);
     }
     let mut health = DatabaseHealth { db, reporter, is_ready: false, failures: 0, server: None };
-    let mut overdue = Fuse::terminated();
+    let (mut overdue, mut asked) = (Fuse::terminated(), Instant::now());
     loop {
         let answer = tokio::select! {
             biased;
             Ok(answer) = &mut overdue => Ok(answer),
             answer = Probe::open(&postgres) => {
-                if answer.is_ok() && !overdue.is_terminated() {
-                    health.close_connections("connections do not answer, new ones do");
+                if let Ok((_, state)) = &answer
+                    && !overdue.is_terminated()
+                {
+                    let kept = Kept { server: &state.identity, since: Some(asked) };
+                    health.close_connections("connections do not answer, new ones do", Some(kept)).await;
                 }
                 answer
             }
@@ -78,7 +81,7 @@ pub async fn watch_database(postgres: &tokio_postgres::Config, db: &Db, reporter
                 health.answered(&state).await;
                 if state.unusable.is_none() {
                     if let Some(answer) = probe.check(&mut health).await {
-                        overdue = answer.fuse();
+                        (overdue, asked) = (answer.0.fuse(), answer.1);
                     }
                     // Connect again at once: a connection that breaks is no outage.
                     continue;
@@ -106,13 +109,15 @@ impl DatabaseHealth<'_> {
         self.failures = 0;
         let before = self.server.replace(state.identity.clone());
         if before.is_some_and(|before| before != state.identity) {
-            self.close_connections("another server answers, or it has another role");
+            let kept = Kept { server: &state.identity, since: None };
+            self.close_connections("another server answers, or it has another role", Some(kept)).await;
         }
         match state.unusable {
             None => {
                 // This connection can write, so others are older than the change that allows it.
                 if self.db.take_write_refused() {
-                    self.close_connections("they reject writes, new ones do not");
+                    let kept = Kept { server: &state.identity, since: None };
+                    self.close_connections("they reject writes, new ones do not", Some(kept)).await;
                 }
                 if !self.is_ready {
                     tracing::info!("ready: the database accepts writes");
@@ -134,13 +139,13 @@ impl DatabaseHealth<'_> {
         if self.is_ready && failures >= MAX_FAILURES {
             tracing::warn!(error, failures, "not ready: the database check failed");
             self.set_ready(false).await;
-            self.close_connections("the server does not answer");
+            self.close_connections("the server does not answer", None).await;
         }
     }
 
-    fn close_connections(&self, reason: &str) {
+    async fn close_connections(&self, reason: &str, kept: Option<Kept<'_>>) {
         tracing::warn!(reason, "connections to the database closed");
-        self.db.close_connections();
+        self.db.close_connections(kept).await;
     }
 
     async fn set_ready(&mut self, is_ready: bool) {
@@ -175,8 +180,9 @@ impl Probe {
         answer.boxed()
     }
 
-    /// Checks the database until another connection is needed. Returns an answer that is overdue.
-    async fn check(mut self, health: &mut DatabaseHealth<'_>) -> Option<Answer> {
+    /// Checks the database until another connection is needed. Returns an answer that is overdue,
+    /// and when the question was asked.
+    async fn check(mut self, health: &mut DatabaseHealth<'_>) -> Option<(Answer, Instant)> {
         loop {
             time::sleep(CHECK_INTERVAL_MIN).await;
             tokio::select! {
@@ -188,12 +194,13 @@ impl Probe {
                 // A new connection tells whether the address leads to a server that can write.
                 return None;
             }
+            let asked = Instant::now();
             let mut answer = self.ask();
             let state;
             (self, state) = match time::timeout(CHECK_TIMEOUT, &mut answer).await {
                 Ok(Ok(answered)) => answered,
                 Ok(Err(_)) => return None,
-                Err(_) => return Some(answer),
+                Err(_) => return Some((answer, asked)),
             };
             health.answered(&state).await;
             if state.unusable.is_some() {

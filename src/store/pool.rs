@@ -23,14 +23,14 @@ use futures_util::{
 };
 use tokio::{
     sync::{Notify, Semaphore, mpsc, oneshot, watch},
-    task::AbortHandle,
+    task::{self, AbortHandle},
     time,
 };
 use tokio_postgres::{NoTls, Row, error::SqlState, types::ToSql};
 
 use crate::config::Config;
 use crate::error::{Access, Error, is_connection_lost};
-use crate::store::connect::{CONNECT_TIMEOUT, connect, session_settings, set_up};
+use crate::store::connect::{CONNECT_TIMEOUT, connect, server_state, session_settings, set_up};
 use crate::telemetry::describe;
 
 /// How long a statement whose caller has left may run on before it is cancelled.
@@ -85,9 +85,26 @@ struct Manager {
     statements: Vec<&'static str>,
     /// Changes when all connections are to be closed, also those that are being opened.
     generation: watch::Sender<()>,
-    /// The tasks that drive the connections, in the pool and taken out of it.
-    drivers: Mutex<Vec<AbortHandle>>,
+    /// What drives the connections, in the pool and taken out of it.
+    drivers: Mutex<Vec<Driver>>,
     timeline_warning: Once,
+}
+
+/// The task that drives a connection.
+struct Driver {
+    task: AbortHandle,
+    /// The identity of the server when the connection was opened.
+    server: String,
+    opened: Instant,
+}
+
+/// The connections that [`Db::close_connections`] leaves open: those to a server that were opened
+/// later than a check of another connection began.
+pub struct Kept<'a> {
+    /// The identity of the server.
+    pub server: &'a str,
+    /// When the check began; `None` if it succeeded.
+    pub since: Option<Instant>,
 }
 
 impl managed::Manager for Manager {
@@ -104,7 +121,7 @@ impl managed::Manager for Manager {
         if generation.has_changed()? {
             bail!("the server has changed");
         }
-        drivers.retain(|driver| !driver.is_finished());
+        drivers.retain(|driver| !driver.task.is_finished());
         drivers.push(driver);
         Ok(client)
     }
@@ -115,16 +132,19 @@ impl managed::Manager for Manager {
 }
 
 impl Manager {
-    async fn open(&self) -> anyhow::Result<(ClientWrapper, AbortHandle)> {
+    async fn open(&self) -> anyhow::Result<(ClientWrapper, Driver)> {
+        let opened = Instant::now();
         let (client, connection) = connect(&self.postgres).await?;
         #[expect(clippy::disallowed_methods, reason = "it ends with the client")]
         let driver = tokio::spawn(connection);
-        let abort = driver.abort_handle();
+        let task = driver.abort_handle();
         let client = ClientWrapper::new(client, driver);
         // One round trip: the client sends all without waiting.
         let prepared = future::try_join_all(self.statements.iter().map(|sql| client.prepare_cached(sql)));
-        let made = future::try_join(set_up(&client, &self.session), prepared);
-        let (knows_timeline, _) = time::timeout(CONNECT_TIMEOUT, made).await??;
+        let made =
+            async { future::try_join(set_up(&client, &self.session), prepared).await.map_err(Into::into) };
+        let made = future::try_join(made, server_state(&client));
+        let ((knows_timeline, _), state) = time::timeout(CONNECT_TIMEOUT, made).await??;
         if !knows_timeline {
             self.timeline_warning.call_once(|| {
                 tracing::warn!(
@@ -132,10 +152,10 @@ impl Manager {
                 );
             });
         }
-        Ok((client, abort))
+        Ok((client, Driver { task, server: state.identity, opened }))
     }
 
-    fn drivers(&self) -> MutexGuard<'_, Vec<AbortHandle>> {
+    fn drivers(&self) -> MutexGuard<'_, Vec<Driver>> {
         self.drivers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -307,17 +327,28 @@ impl Db {
         }
     }
 
-    /// Closes all connections, in the pool or not: they lead to a server that does not answer any
-    /// more. The next requests open new ones.
-    pub fn close_connections(&self) {
+    /// Closes connections, in the pool or not, that lead to a server that does not answer any more
+    /// or is not the primary any more, and gives up opening others. The next requests open new ones.
+    pub async fn close_connections(&self, kept: Option<Kept<'_>>) {
         let manager = self.pool.manager();
-        let mut drivers = manager.drivers();
-        manager.generation.send_replace(());
-        for driver in drivers.drain(..) {
-            driver.abort();
+        let is_kept = |driver: &mut Driver| {
+            kept.as_ref().is_some_and(|kept| {
+                driver.server == kept.server && kept.since.is_none_or(|since| driver.opened > since)
+            })
+        };
+        let closed: Vec<Driver> = {
+            let mut drivers = manager.drivers();
+            manager.generation.send_replace(());
+            drivers.extract_if(.., |driver| !is_kept(driver)).collect()
+        };
+        for driver in &closed {
+            driver.task.abort();
         }
-        drop(drivers);
-        self.pool.retain(|_, _| false);
+        // A closed connection is known as such when its task has ended.
+        while closed.iter().any(|driver| !driver.task.is_finished()) {
+            task::yield_now().await;
+        }
+        self.pool.retain(|client, _| !client.is_closed());
     }
 
     /// Whether the server has rejected a write as read-only since the last call.
