@@ -32,23 +32,7 @@ pub async fn run(plan: &Plan, postgres: &Postgres) -> Result<String> {
     let users = plan.users.min(USERS_MAX);
     let database = postgres.create_database(&plan.service, "week", users).await?;
     let client = connect(&database.url, "").await?;
-    // The service runs in real time, so a day of retention has to pass sooner: for request ids
-    // when they are written, for changes with each step.
-    let compress = format!(
-        "create function expire_sooner() returns trigger language plpgsql as $$
-        begin
-            new.expire_time = now() + interval '{} ms';
-            return new;
-        end
-        $$;
-        create trigger expire_sooner before insert on requests for each row execute function expire_sooner();
-        alter table requests set (autovacuum_vacuum_threshold = 1000)",
-        day.as_millis()
-    );
-    client.batch_execute(&compress).await?;
-    // Autovacuum looks once a minute by default, which would be every six days.
-    client.batch_execute("alter system set autovacuum_naptime = '1s'").await?;
-    client.batch_execute("select pg_reload_conf()").await?;
+    compress_time(&client, day).await?;
     let service = start(plan, &database).await?;
     let mut rows = Vec::new();
     for number in 1..=DAYS {
@@ -101,6 +85,27 @@ pub async fn run(plan: &Plan, postgres: &Postgres) -> Result<String> {
         86400.0 / day.as_secs_f64(),
         table(&columns, rows)
     ))
+}
+
+/// The service runs in real time, so a day of retention has to pass sooner: for request ids when
+/// they are written, for changes with each step.
+async fn compress_time(client: &Client, day: Duration) -> Result<()> {
+    let compress = format!(
+        "create function expire_sooner() returns trigger language plpgsql as $$
+        begin
+            new.expire_time = now() + interval '{} ms';
+            return new;
+        end
+        $$;
+        create trigger expire_sooner before insert on requests for each row execute function expire_sooner();
+        alter table requests set (autovacuum_vacuum_threshold = 1000)",
+        day.as_millis()
+    );
+    client.batch_execute(&compress).await?;
+    // Autovacuum looks once a minute by default, which would be every six days.
+    client.batch_execute("alter system set autovacuum_naptime = '1s'").await?;
+    client.batch_execute("select pg_reload_conf()").await?;
+    Ok(())
 }
 
 async fn start(plan: &Plan, database: &Database) -> Result<Service> {

@@ -5,7 +5,7 @@ use crate::pb;
 /// How much of each user a response has: [`pb::UserView`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum View {
-    /// The fields that [`basic`] lists.
+    /// The fields that `USER_VIEW_BASIC` lists in the proto.
     Basic,
     /// All.
     Full,

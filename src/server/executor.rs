@@ -9,7 +9,7 @@
 use std::{
     future::{Future, poll_fn},
     panic::AssertUnwindSafe,
-    pin::pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
@@ -34,7 +34,7 @@ const MAX_POLLS: usize = 8;
 /// Receives the requests of one connection from hyper.
 #[derive(Clone)]
 pub struct ConnectionExecutor {
-    sender: mpsc::UnboundedSender<BoxFuture<'static, ()>>,
+    sender: mpsc::UnboundedSender<RunningRequest>,
     /// What the request holds whose future comes next.
     next: Arc<Mutex<Option<Arc<RequestState>>>>,
 }
@@ -63,23 +63,34 @@ impl ConnectionExecutor {
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for ConnectionExecutor {
     fn execute(&self, request: F) {
         let state = self.next().take();
-        let request = async move {
-            // `dispatch.rs` turns the panic of a service into a response. A panic later, in
-            // the body of a response, fails this request only.
-            let mut request = pin!(AssertUnwindSafe(request).catch_unwind());
-            let mut deadline = ReadDeadline::default();
-            poll_fn(|cx| match (request.poll_unpin(cx), &state) {
-                (Poll::Ready(_), _) => Poll::Ready(()),
-                // hyper does not ask for more of a response while the client does not read,
-                // so the deadline cannot be in the response. Dropping the future resets the
-                // stream.
-                (Poll::Pending, Some(state)) => deadline.poll(state, cx),
-                (Poll::Pending, None) => Poll::Pending,
-            })
-            .await;
-        };
+        // `dispatch.rs` turns the panic of a service into a response. A panic later, in the body
+        // of a response, fails this request only.
+        let future = AssertUnwindSafe(request).catch_unwind().map(drop).boxed();
         // The receiver lives as long as the connection, so this cannot fail.
-        let _ = self.sender.send(request.boxed());
+        let _ = self.sender.send(RunningRequest { future, state, deadline: ReadDeadline::default() });
+    }
+}
+
+/// A request, until its response is sent or the client has not read it in time.
+struct RunningRequest {
+    future: BoxFuture<'static, ()>,
+    /// `None` if it was rejected.
+    state: Option<Arc<RequestState>>,
+    deadline: ReadDeadline,
+}
+
+impl Future for RunningRequest {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        match (this.future.poll_unpin(cx), &this.state) {
+            (Poll::Ready(()), _) => Poll::Ready(()),
+            // hyper does not ask for more of a response while the client does not read, so the
+            // deadline cannot be in the response. Dropping the future resets the stream.
+            (Poll::Pending, Some(state)) => this.deadline.poll(state, cx),
+            (Poll::Pending, None) => Poll::Pending,
+        }
     }
 }
 
