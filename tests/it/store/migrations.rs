@@ -329,7 +329,7 @@ async fn index_is_built_beside_writes_and_again_after_the_build_was_killed() {
         replicas.push(tokio::spawn(async move { migrate::apply_all(&config, &migrations).await }));
     }
     let killed = waiting_session(&database, "%create index concurrently%").await;
-    // Nobody else waits for the build.
+    // No other session waits for the build.
     let server = Server::start(&database, &[]).await;
     created(&mut server.client().await, "alice").await;
     terminate(&database, killed).await;
