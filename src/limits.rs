@@ -2,10 +2,14 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    task_local,
+};
 
 use crate::error::Error;
 
@@ -33,6 +37,24 @@ impl StreamLimiter {
 /// The number of a client connection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ConnectionId(pub u64);
+
+task_local! {
+    /// A connection and its requests are one task, see `server/executor.rs`. An extension of each
+    /// request would cost two allocations.
+    static CONNECTION: ConnectionId;
+}
+
+impl ConnectionId {
+    /// The connection of the request that the current task handles.
+    pub fn current() -> Self {
+        CONNECTION.try_get().unwrap_or_default()
+    }
+
+    /// Runs a connection together with its requests.
+    pub async fn run<F: Future>(self, connection: F) -> F::Output {
+        CONNECTION.scope(self, connection).await
+    }
+}
 
 /// A queue from which connections take turns: one with a thousand requests does not delay one
 /// with a single request.

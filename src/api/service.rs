@@ -15,7 +15,7 @@ use crate::feed::reader::Feed;
 use crate::feed::watcher::Watcher;
 use crate::limits::{ConnectionId, FairLimiter};
 use crate::model::batch::{Batch, Lookup};
-use crate::model::names::Username;
+use crate::model::names::{Email, Username};
 use crate::model::request::{Create, Delete, Expunge, List, Undelete, Update};
 use crate::model::stream::{Chunk, Export, Watch};
 use crate::model::user::{NewUser, Removal, UserKey, UserPatch};
@@ -65,6 +65,11 @@ impl UserService {
         }
     }
 
+    async fn get_by_email(&self, connection: ConnectionId, email: Email) -> Result<pb::User, Error> {
+        let _permit = self.uncoalesced.acquire(connection).await?;
+        lookup::get_by_email(&self.db, email).await
+    }
+
     /// Changes a user, or creates it if there is none. A user that another request creates in
     /// between is there to be changed, so a conflict is a reason to try that once more.
     async fn upsert(
@@ -96,11 +101,6 @@ fn with_view(view: View, users: Vec<pb::User>) -> Vec<pb::User> {
     users.into_iter().map(|user| view.of(user)).collect()
 }
 
-/// The connection that a request came on.
-fn connection_of<T>(request: &Request<T>) -> ConnectionId {
-    request.extensions().get().copied().unwrap_or_default()
-}
-
 type RpcResult<T> = Result<Response<T>, Status>;
 type ResponseStream<T> = BoxStream<'static, Result<T, Status>>;
 
@@ -110,20 +110,18 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::CreateUserRequest>,
     ) -> RpcResult<pb::CreateUserResponse> {
-        let connection = connection_of(&request);
+        let connection = ConnectionId::current();
         let create = Create::parse(request.into_inner())?;
         let user = self.creates.run(connection, create).await?;
         Ok(Response::new(pb::CreateUserResponse { user: Some(user) }))
     }
 
     async fn get_user(&self, request: Request<pb::GetUserRequest>) -> RpcResult<pb::GetUserResponse> {
-        let connection = connection_of(&request);
+        let connection = ConnectionId::current();
         let pb::GetUserRequest { key, if_revision_not } = request.into_inner();
         let user = match UserKey::parse(key)? {
-            UserKey::Email(email) => {
-                let _permit = self.uncoalesced.acquire(connection).await?;
-                lookup::get_by_email(&self.db, email).await?
-            }
+            // Boxed, because the other requests should not be as large as this one.
+            UserKey::Email(email) => Box::pin(self.get_by_email(connection, email)).await?,
             key => self.gets.run(connection, key).await?,
         };
         let not_modified = user.revision == if_revision_not;
@@ -135,10 +133,10 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::UpdateUserRequest>,
     ) -> RpcResult<pb::UpdateUserResponse> {
-        let connection = connection_of(&request);
+        let connection = ConnectionId::current();
         let mut update = Update::parse(request.into_inner())?;
         let user = match update.or_create.take() {
-            Some(user) => self.upsert(connection, update, user).await?,
+            Some(user) => Box::pin(self.upsert(connection, update, user)).await?,
             None => self.updates.run(connection, update).await?,
         };
         Ok(Response::new(pb::UpdateUserResponse { user: Some(user) }))
@@ -148,7 +146,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::DeleteUserRequest>,
     ) -> RpcResult<pb::DeleteUserResponse> {
-        let connection = connection_of(&request);
+        let connection = ConnectionId::current();
         let delete = Delete::parse(request.into_inner())?;
         let user = self.deletes.run(connection, delete).await?;
         Ok(Response::new(pb::DeleteUserResponse { user }))
@@ -158,7 +156,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::UndeleteUserRequest>,
     ) -> RpcResult<pb::UndeleteUserResponse> {
-        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
+        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let undelete = Undelete::parse(request.into_inner())?;
         let user = users::undelete(&self.db, &undelete).await?;
         Ok(Response::new(pb::UndeleteUserResponse { user: Some(user) }))
@@ -168,14 +166,14 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::ExpungeUserRequest>,
     ) -> RpcResult<pb::ExpungeUserResponse> {
-        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
+        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let expunge = Expunge::parse(request.into_inner())?;
         let expunge_time = users::expunge(&self.db, &expunge).await?;
         Ok(Response::new(pb::ExpungeUserResponse { user_id: expunge.id.to_string(), expunge_time }))
     }
 
     async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> RpcResult<pb::ListUsersResponse> {
-        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
+        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let keys = self.feed.token_keys.keys()?;
         let request = List::parse(&keys, request.get_ref())?;
         Ok(Response::new(list::list(&self.db, &keys, &request).await?))
@@ -185,7 +183,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::LookupUsersRequest>,
     ) -> RpcResult<pb::LookupUsersResponse> {
-        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
+        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let lookup = Lookup::parse(request.into_inner())?;
         let mut results = lookup::lookup(&self.db, &lookup).await?;
         for result in &mut results {
@@ -198,7 +196,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchCreateUsersRequest>,
     ) -> RpcResult<pb::BatchCreateUsersResponse> {
-        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
+        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let batch = Batch::<NewUser>::parse(request.into_inner())?;
         let users = users::create_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchCreateUsersResponse { users: with_view(batch.view, users) }))
@@ -208,7 +206,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchUpdateUsersRequest>,
     ) -> RpcResult<pb::BatchUpdateUsersResponse> {
-        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
+        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let batch = Batch::<UserPatch>::parse(request.into_inner())?;
         let users = users::update_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchUpdateUsersResponse { users: with_view(batch.view, users) }))
@@ -218,7 +216,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchDeleteUsersRequest>,
     ) -> RpcResult<pb::BatchDeleteUsersResponse> {
-        let _permit = self.uncoalesced.acquire(connection_of(&request)).await?;
+        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let batch = Batch::<Removal>::parse(request.into_inner())?;
         let users = users::delete_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchDeleteUsersResponse { users: with_view(batch.view, users) }))
@@ -228,7 +226,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::CheckUsernameRequest>,
     ) -> RpcResult<pb::CheckUsernameResponse> {
-        let connection = connection_of(&request);
+        let connection = ConnectionId::current();
         let username = request.into_inner().username;
         if username.is_empty() {
             return Err(Error::invalid("username", Reason::FieldRequired, "is required").into());
@@ -253,7 +251,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<Streaming<pb::ImportUsersRequest>>,
     ) -> RpcResult<Self::ImportUsersStream> {
-        let connection = connection_of(&request);
+        let connection = ConnectionId::current();
         let chunks = request
             .into_inner()
             .map(|message| Chunk::parse(message.map_err(|status| Error::of_message(&status))?));

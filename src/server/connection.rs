@@ -54,7 +54,8 @@ pub(super) async fn serve_connection(
     context: Arc<ConnectionContext>,
     state: Arc<ConnectionState>,
 ) {
-    with_executor(|executor| serve_http2(stream, executor, context, state)).await;
+    let id = state.id;
+    id.run(with_executor(|executor| serve_http2(stream, executor, context, state))).await;
 }
 
 async fn serve_http2(
@@ -74,8 +75,7 @@ async fn serve_http2(
     };
     let Ok(Ok(stream)) = stream else { return };
     state.set_has_preface();
-    let service = service_fn(|mut request| {
-        request.extensions_mut().insert(state.id);
+    let service = service_fn(|request| {
         let (holds, response) = context.dispatcher.handle(request, &state);
         executor.set_next(holds);
         response.map(Ok::<_, Infallible>)
