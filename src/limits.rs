@@ -150,7 +150,8 @@ impl FairLimiter {
 
     /// Waits for a permit. If too many requests wait, one of the connection with the most fails
     /// with [`Error::Overloaded`].
-    pub async fn acquire(self: &Arc<Self>, connection: ConnectionId) -> Result<FairPermit, Error> {
+    pub async fn acquire(self: &Arc<Self>) -> Result<FairPermit, Error> {
+        let connection = ConnectionId::current();
         let permit = {
             let mut state = self.state();
             if state.free > 0 {
@@ -241,9 +242,9 @@ mod tests {
     #[test]
     fn permits_go_to_connections_in_turn_and_not_to_cancelled_requests() {
         let limiter = FairLimiter::new(1, 3);
-        let acquire = |connection| {
+        let acquire = |connection: ConnectionId| {
             let limiter = Arc::clone(&limiter);
-            let mut permit = async move { limiter.acquire(connection).await }.boxed();
+            let mut permit = async move { connection.run(limiter.acquire()).await }.boxed();
             let first = (&mut permit).now_or_never();
             (permit, first)
         };

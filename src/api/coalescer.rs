@@ -23,14 +23,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    sync::{Semaphore, oneshot},
-    time,
-};
+use tokio::{sync::oneshot, time};
 use tokio_util::task::TaskTracker;
 
 use crate::error::Error;
-use crate::limits::{ConnectionId, FairQueue};
+use crate::limits::{ConnectionId, FairLimiter, FairQueue};
 use crate::store::items::{Locking, Outcome};
 
 /// Statements that may wait for locks at the same time, for each operation. A locked row can
@@ -91,7 +88,7 @@ pub struct Coalescer<O: Operation> {
     limits: Limits,
     tasks: TaskTracker,
     queue: Mutex<Queue<O>>,
-    contended: Semaphore,
+    contended: Arc<FairLimiter>,
 }
 
 struct Queue<O: Operation> {
@@ -130,17 +127,13 @@ impl<O: Operation> Coalescer<O> {
     /// A coalescer. Its tasks are tracked by `tasks`.
     pub fn new(operation: O, limits: Limits, tasks: TaskTracker) -> Arc<Self> {
         let queue = Mutex::new(Queue { slots_taken: 0, requests: FairQueue::default() });
-        let contended = Semaphore::new(MAX_CONTENDED);
+        let contended = FairLimiter::new(MAX_CONTENDED, limits.max_queued);
         Arc::new(Self { operation, limits, tasks, queue, contended })
     }
 
-    /// Runs a request of a connection, alone or in a batch.
-    pub async fn run(
-        self: &Arc<Self>,
-        connection: ConnectionId,
-        request: O::Request,
-    ) -> Result<O::Response, Error> {
-        let step = match self.admit(connection, request)? {
+    /// Runs a request, alone or in a batch.
+    pub async fn run(self: &Arc<Self>, request: O::Request) -> Result<O::Response, Error> {
+        let step = match self.admit(request)? {
             Admission::Slot(request, slot) => NextStep::Run(request, slot),
             // A statement that panics responds to no request.
             Admission::Queued(step) => step.await.map_err(|_| Error::Internal)?,
@@ -179,7 +172,7 @@ impl<O: Operation> Coalescer<O> {
 
     async fn run_contended(&self, request: O::Request) -> Result<O::Response, Error> {
         let permit = time::timeout(self.limits.lock_timeout, self.contended.acquire()).await;
-        let _permit = permit.map_err(|_| Error::LockTimeout)?;
+        let _permit = permit.map_err(|_| Error::LockTimeout)??;
         match first(self.operation.run_batch(&[request], Locking::Wait).await)? {
             Outcome::Done(response) => Ok(response),
             Outcome::Rejected(error) => Err(error),
@@ -187,12 +180,13 @@ impl<O: Operation> Coalescer<O> {
         }
     }
 
-    fn admit(self: &Arc<Self>, connection: ConnectionId, request: O::Request) -> Result<Admission<O>, Error> {
+    fn admit(self: &Arc<Self>, request: O::Request) -> Result<Admission<O>, Error> {
         let mut queue = self.queue();
         if queue.slots_taken < self.limits.max_in_flight {
             queue.slots_taken += 1;
             return Ok(Admission::Slot(request, Slot(Arc::clone(self))));
         }
+        let connection = ConnectionId::current();
         if queue.requests.len() >= self.limits.max_queued {
             let displaced = queue.requests.displace(connection).ok_or(Error::Overloaded)?;
             drop(displaced.caller.send(NextStep::Return(Err(Error::Overloaded))));
@@ -208,7 +202,7 @@ impl<O: Operation> Coalescer<O> {
         let mut queue = self.queue();
         let (mut requests, mut callers) = (Vec::new(), Vec::new());
         let (mut keys, mut skipped) = (HashSet::new(), Vec::new());
-        while requests.len() < self.limits.max_batch {
+        while requests.len() < self.limits.max_batch && skipped.len() < self.limits.max_batch {
             let Some((connection, next)) = queue.requests.pop() else { break };
             if next.caller.is_closed() {
                 continue;
@@ -321,7 +315,8 @@ fn first<R>(outcomes: Result<Vec<Outcome<R>>, Error>) -> Result<Outcome<R>, Erro
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use futures_util::future::join_all;
+    use futures_util::{FutureExt, future::join_all};
+    use tokio::sync::Semaphore;
 
     use super::*;
 
@@ -378,16 +373,24 @@ mod tests {
         Coalescer::new(numbers, limits, TaskTracker::new())
     }
 
-    /// Sends requests at once, in this order, and lets them continue when all are admitted.
     async fn run(
         coalescer: &Arc<Coalescer<Numbers>>,
         requests: impl IntoIterator<Item = u128>,
     ) -> Vec<Result<u128, Error>> {
+        run_of_connections(coalescer, requests.into_iter().map(|request| (0, request))).await
+    }
+
+    /// Sends requests, each of a connection, at once and in this order, and lets them continue when
+    /// all are admitted.
+    async fn run_of_connections(
+        coalescer: &Arc<Coalescer<Numbers>>,
+        requests: impl IntoIterator<Item = (u64, u128)>,
+    ) -> Vec<Result<u128, Error>> {
         let requests: Vec<_> = requests
             .into_iter()
-            .map(|request| {
+            .map(|(connection, request)| {
                 let coalescer = Arc::clone(coalescer);
-                tokio::spawn(async move { coalescer.run(ConnectionId(0), request).await })
+                tokio::spawn(ConnectionId(connection).run(async move { coalescer.run(request).await }))
             })
             .collect();
         tokio::task::yield_now().await;
@@ -398,7 +401,9 @@ mod tests {
         let queue = coalescer.queue();
         assert_eq!((queue.slots_taken, queue.requests.len()), (0, 0));
         drop(queue);
-        assert_eq!(coalescer.contended.available_permits(), MAX_CONTENDED);
+        let contended: Vec<_> =
+            (0..MAX_CONTENDED).map(|_| coalescer.contended.acquire().now_or_never()).collect();
+        assert!(contended.iter().all(Option::is_some));
         responses
     }
 
@@ -426,6 +431,17 @@ mod tests {
         let responses = run(&coalescer, (0..110).map(|n| 10 + n % 50 * 2)).await;
         assert_eq!(responses.iter().filter(|response| **response == Err(Error::Overloaded)).count(), 9);
         assert_eq!(statements(&coalescer), 1 + 100_usize.div_ceil(8));
+    }
+
+    #[tokio::test]
+    async fn full_queue_rejects_a_request_of_the_connection_with_the_most() {
+        let coalescer = coalescer(8, None);
+        let requests = (0..=100).map(|_| (1, 2)).chain([(2, 4)]);
+        let responses = run_of_connections(&coalescer, requests).await;
+        let (last, others) = responses.split_last().unwrap();
+        let (displaced, others) = others.split_last().unwrap();
+        assert_eq!((last, displaced), (&Ok(4), &Err(Error::Overloaded)));
+        assert!(others.iter().all(|response| *response == Ok(2)));
     }
 
     #[tokio::test]
@@ -482,7 +498,7 @@ mod tests {
         let coalescer = coalescer(8, None);
         let slow = tokio::spawn({
             let coalescer = Arc::clone(&coalescer);
-            async move { coalescer.run(ConnectionId(0), 0).await }
+            async move { coalescer.run(0).await }
         });
         tokio::task::yield_now().await;
         time::sleep(SLOT_HOLD_MAX * 2).await;
@@ -496,7 +512,7 @@ mod tests {
         let coalescer = coalescer(8, None);
         let spawn = |request| {
             let coalescer = Arc::clone(&coalescer);
-            tokio::spawn(async move { coalescer.run(ConnectionId(0), request).await })
+            tokio::spawn(async move { coalescer.run(request).await })
         };
         let (first, second, third, fourth) = (spawn(0), spawn(2), spawn(4), spawn(6));
         tokio::task::yield_now().await;

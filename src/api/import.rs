@@ -24,31 +24,30 @@ const IN_FLIGHT: usize = 2;
 pub struct Imports {
     db: Arc<Db>,
     limiter: StreamLimiter,
-    uncoalesced: Arc<FairLimiter>,
+    writes: Arc<FairLimiter>,
     idle_timeout: Duration,
     tasks: TaskTracker,
 }
 
 impl Imports {
-    /// No imports yet. Each chunk takes a permit of `uncoalesced`. `tasks` tracks the tasks that write
+    /// No imports yet. Each chunk takes a permit of `writes`. `tasks` tracks the tasks that write
     /// chunks.
-    pub fn new(db: Arc<Db>, config: &Config, uncoalesced: Arc<FairLimiter>, tasks: TaskTracker) -> Self {
+    pub fn new(db: Arc<Db>, config: &Config, writes: Arc<FairLimiter>, tasks: TaskTracker) -> Self {
         let limiter = StreamLimiter::new("imports", config.max_imports);
         let idle_timeout = Duration::from_millis(config.import_idle_timeout_ms);
-        Self { db, limiter, uncoalesced, idle_timeout, tasks }
+        Self { db, limiter, writes, idle_timeout, tasks }
     }
 
     /// Writes chunks and acknowledges each, in their order; the first error ends the import.
     /// While chunks are being written, only the next one is read.
     pub fn run(
         &self,
-        connection: ConnectionId,
         chunks: BoxStream<'static, Result<Chunk, Error>>,
     ) -> Result<BoxStream<'static, Result<pb::ImportUsersResponse, Error>>, Error> {
         let import = Import {
             db: Arc::clone(&self.db),
-            connection,
-            uncoalesced: Arc::clone(&self.uncoalesced),
+            connection: ConnectionId::current(),
+            writes: Arc::clone(&self.writes),
             idle_timeout: self.idle_timeout,
             tasks: self.tasks.clone(),
             chunks: chunks.fuse(),
@@ -68,7 +67,7 @@ impl Imports {
 struct Import {
     db: Arc<Db>,
     connection: ConnectionId,
-    uncoalesced: Arc<FairLimiter>,
+    writes: Arc<FairLimiter>,
     /// How long the client may be silent: it holds one of few permits.
     idle_timeout: Duration,
     tasks: TaskTracker,
@@ -113,12 +112,11 @@ impl Import {
             && let Ok(chunk) = chunk.map(Arc::new)
         {
             self.written.push_back(Arc::clone(&chunk));
-            let (db, uncoalesced, connection) =
-                (Arc::clone(&self.db), Arc::clone(&self.uncoalesced), self.connection);
-            let task = self.tasks.spawn(async move {
-                let _permit = uncoalesced.acquire(connection).await?;
+            let (db, writes) = (Arc::clone(&self.db), Arc::clone(&self.writes));
+            let task = self.tasks.spawn(self.connection.run(async move {
+                let _permit = writes.acquire().await?;
                 import::write(&db, &chunk).await
-            });
+            }));
             self.writing.push_back(AbortOnDropHandle::new(task));
         }
     }

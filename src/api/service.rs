@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::feed::reader::Feed;
 use crate::feed::watcher::Watcher;
-use crate::limits::{ConnectionId, FairLimiter};
+use crate::limits::FairLimiter;
 use crate::model::batch::{Batch, Lookup};
 use crate::model::names::{Email, Username};
 use crate::model::request::{Create, Delete, Expunge, List, Undelete, Update};
@@ -35,8 +35,12 @@ pub struct UserService {
     creates: Arc<Coalescer<CreateOne>>,
     updates: Arc<Coalescer<UpdateOne>>,
     deletes: Arc<Coalescer<DeleteOne>>,
-    /// Limits the requests that are not coalesced. They leave half of the pool to the others.
-    uncoalesced: Arc<FairLimiter>,
+    /// Limits the reads that are not coalesced, to a quarter of the pool. A request for many users
+    /// takes its permit before it is parsed, which takes time too.
+    reads: Arc<FairLimiter>,
+    /// Limits the writes that are not coalesced, chunks of imports included, likewise. They can
+    /// wait for locked rows, and must not keep reads waiting.
+    writes: Arc<FairLimiter>,
     imports: Imports,
     exports: Exports,
 }
@@ -51,10 +55,12 @@ impl UserService {
         exports: Exports,
         feed: Arc<Feed>,
     ) -> Self {
-        let uncoalesced = FairLimiter::new(config.pool_size.div_ceil(2), limits.max_queued);
+        let limiter = || FairLimiter::new(config.pool_size.div_ceil(4), limits.max_queued);
+        let writes = limiter();
         Self {
-            imports: Imports::new(Arc::clone(&db), config, Arc::clone(&uncoalesced), tasks.clone()),
-            uncoalesced,
+            imports: Imports::new(Arc::clone(&db), config, Arc::clone(&writes), tasks.clone()),
+            reads: limiter(),
+            writes,
             exports,
             gets: Coalescer::new(Get(Arc::clone(&db)), limits, tasks.clone()),
             creates: Coalescer::new(CreateOne(Arc::clone(&db)), limits, tasks.clone()),
@@ -65,22 +71,17 @@ impl UserService {
         }
     }
 
-    async fn get_by_email(&self, connection: ConnectionId, email: Email) -> Result<pb::User, Error> {
-        let _permit = self.uncoalesced.acquire(connection).await?;
+    async fn get_by_email(&self, email: Email) -> Result<pb::User, Error> {
+        let _permit = self.reads.acquire().await?;
         lookup::get_by_email(&self.db, email).await
     }
 
     /// Changes a user, or creates it if there is none. A user that another request creates in
     /// between is there to be changed, so a conflict is a reason to try that once more.
-    async fn upsert(
-        &self,
-        connection: ConnectionId,
-        update: Update,
-        user: Result<NewUser, Error>,
-    ) -> Result<pb::User, Error> {
+    async fn upsert(&self, update: Update, user: Result<NewUser, Error>) -> Result<pb::User, Error> {
         let mut conflict = None;
         loop {
-            match self.updates.run(connection, update.clone()).await {
+            match self.updates.run(update.clone()).await {
                 Err(Error::UserNotFound { .. }) => {}
                 updated => return updated,
             }
@@ -89,7 +90,7 @@ impl UserService {
             }
             let (request_id, validate_only) = (update.request_id.clone(), update.validate_only);
             let create = Create { user: user.clone()?, request_id, validate_only };
-            match self.creates.run(connection, create).await {
+            match self.creates.run(create).await {
                 Err(error @ (Error::UserIdTaken | Error::UsernameTaken { .. })) => conflict = Some(error),
                 created => return created,
             }
@@ -110,19 +111,17 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::CreateUserRequest>,
     ) -> RpcResult<pb::CreateUserResponse> {
-        let connection = ConnectionId::current();
         let create = Create::parse(request.into_inner())?;
-        let user = self.creates.run(connection, create).await?;
+        let user = self.creates.run(create).await?;
         Ok(Response::new(pb::CreateUserResponse { user: Some(user) }))
     }
 
     async fn get_user(&self, request: Request<pb::GetUserRequest>) -> RpcResult<pb::GetUserResponse> {
-        let connection = ConnectionId::current();
         let pb::GetUserRequest { key, if_revision_not } = request.into_inner();
         let user = match UserKey::parse(key)? {
             // Boxed, because the other requests should not be as large as this one.
-            UserKey::Email(email) => Box::pin(self.get_by_email(connection, email)).await?,
-            key => self.gets.run(connection, key).await?,
+            UserKey::Email(email) => Box::pin(self.get_by_email(email)).await?,
+            key => self.gets.run(key).await?,
         };
         let not_modified = user.revision == if_revision_not;
         let user = (!not_modified).then_some(user);
@@ -133,11 +132,10 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::UpdateUserRequest>,
     ) -> RpcResult<pb::UpdateUserResponse> {
-        let connection = ConnectionId::current();
         let mut update = Update::parse(request.into_inner())?;
         let user = match update.or_create.take() {
-            Some(user) => Box::pin(self.upsert(connection, update, user)).await?,
-            None => self.updates.run(connection, update).await?,
+            Some(user) => Box::pin(self.upsert(update, user)).await?,
+            None => self.updates.run(update).await?,
         };
         Ok(Response::new(pb::UpdateUserResponse { user: Some(user) }))
     }
@@ -146,9 +144,8 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::DeleteUserRequest>,
     ) -> RpcResult<pb::DeleteUserResponse> {
-        let connection = ConnectionId::current();
         let delete = Delete::parse(request.into_inner())?;
-        let user = self.deletes.run(connection, delete).await?;
+        let user = self.deletes.run(delete).await?;
         Ok(Response::new(pb::DeleteUserResponse { user }))
     }
 
@@ -156,8 +153,8 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::UndeleteUserRequest>,
     ) -> RpcResult<pb::UndeleteUserResponse> {
-        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let undelete = Undelete::parse(request.into_inner())?;
+        let _permit = self.writes.acquire().await?;
         let user = users::undelete(&self.db, &undelete).await?;
         Ok(Response::new(pb::UndeleteUserResponse { user: Some(user) }))
     }
@@ -166,16 +163,16 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::ExpungeUserRequest>,
     ) -> RpcResult<pb::ExpungeUserResponse> {
-        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let expunge = Expunge::parse(request.into_inner())?;
+        let _permit = self.writes.acquire().await?;
         let expunge_time = users::expunge(&self.db, &expunge).await?;
         Ok(Response::new(pb::ExpungeUserResponse { user_id: expunge.id.to_string(), expunge_time }))
     }
 
     async fn list_users(&self, request: Request<pb::ListUsersRequest>) -> RpcResult<pb::ListUsersResponse> {
-        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
         let keys = self.feed.token_keys.keys()?;
         let request = List::parse(&keys, request.get_ref())?;
+        let _permit = self.reads.acquire().await?;
         Ok(Response::new(list::list(&self.db, &keys, &request).await?))
     }
 
@@ -183,7 +180,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::LookupUsersRequest>,
     ) -> RpcResult<pb::LookupUsersResponse> {
-        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
+        let _permit = self.reads.acquire().await?;
         let lookup = Lookup::parse(request.into_inner())?;
         let mut results = lookup::lookup(&self.db, &lookup).await?;
         for result in &mut results {
@@ -196,7 +193,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchCreateUsersRequest>,
     ) -> RpcResult<pb::BatchCreateUsersResponse> {
-        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
+        let _permit = self.writes.acquire().await?;
         let batch = Batch::<NewUser>::parse(request.into_inner())?;
         let users = users::create_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchCreateUsersResponse { users: with_view(batch.view, users) }))
@@ -206,7 +203,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchUpdateUsersRequest>,
     ) -> RpcResult<pb::BatchUpdateUsersResponse> {
-        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
+        let _permit = self.writes.acquire().await?;
         let batch = Batch::<UserPatch>::parse(request.into_inner())?;
         let users = users::update_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchUpdateUsersResponse { users: with_view(batch.view, users) }))
@@ -216,7 +213,7 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::BatchDeleteUsersRequest>,
     ) -> RpcResult<pb::BatchDeleteUsersResponse> {
-        let _permit = self.uncoalesced.acquire(ConnectionId::current()).await?;
+        let _permit = self.writes.acquire().await?;
         let batch = Batch::<Removal>::parse(request.into_inner())?;
         let users = users::delete_batch(&self.db, &batch).await?;
         Ok(Response::new(pb::BatchDeleteUsersResponse { users: with_view(batch.view, users) }))
@@ -226,7 +223,6 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<pb::CheckUsernameRequest>,
     ) -> RpcResult<pb::CheckUsernameResponse> {
-        let connection = ConnectionId::current();
         let username = request.into_inner().username;
         if username.is_empty() {
             return Err(Error::invalid("username", Reason::FieldRequired, "is required").into());
@@ -235,7 +231,7 @@ impl pb::user_service_server::UserService for UserService {
             let reason = Reason::UsernameInvalid.into();
             return Ok(Response::new(pb::CheckUsernameResponse { reason, ..Default::default() }));
         };
-        let _permit = self.uncoalesced.acquire(connection).await?;
+        let _permit = self.reads.acquire().await?;
         let holder = users::username_holder(&self.db, &username).await?;
         Ok(Response::new(pb::CheckUsernameResponse {
             available: holder.is_none(),
@@ -251,11 +247,10 @@ impl pb::user_service_server::UserService for UserService {
         &self,
         request: Request<Streaming<pb::ImportUsersRequest>>,
     ) -> RpcResult<Self::ImportUsersStream> {
-        let connection = ConnectionId::current();
         let chunks = request
             .into_inner()
             .map(|message| Chunk::parse(message.map_err(|status| Error::of_message(&status))?));
-        let acks = self.imports.run(connection, chunks.boxed())?;
+        let acks = self.imports.run(chunks.boxed())?;
         Ok(Response::new(acks.map_err(Status::from).boxed()))
     }
 

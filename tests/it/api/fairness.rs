@@ -1,10 +1,5 @@
 //! Connections share queues: many requests of one do not delay a few of another.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
-
 use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 use tonic::{Code, transport::Channel};
@@ -13,9 +8,10 @@ use user_service::pb::{self, user_service_client::UserServiceClient};
 use crate::support::*;
 
 /// The requests of the connection that floods the service.
-const FLOOD: usize = 600;
+const FLOOD: usize = 100;
 
-/// A server with a user, and a pool whose statements get no response until the proxy releases them.
+/// A server with a user, and a pool whose statements get no response until the proxy releases
+/// them. It has one permit for reads that are not coalesced.
 async fn stalled_server(settings: &[(&str, &str)]) -> (Server, pb::User, Proxy) {
     let database = Database::migrated().await;
     let proxy = Proxy::to(&database).await;
@@ -24,10 +20,6 @@ async fn stalled_server(settings: &[(&str, &str)]) -> (Server, pb::User, Proxy) 
     let user = created(&mut server.client().await, "alice").await;
     proxy.hold_responses();
     (server, user, proxy)
-}
-
-fn list() -> pb::ListUsersRequest {
-    pb::ListUsersRequest { page_size: 1, ..Default::default() }
 }
 
 /// Waits until the server has received the requests of the tasks that were spawned before. A
@@ -40,36 +32,65 @@ async fn received(client: &UserServiceClient<Channel>) {
 }
 
 #[tokio::test]
-async fn lists_of_one_connection_do_not_delay_a_list_of_another() {
-    let (server, _, proxy) = stalled_server(&[]).await;
+async fn lists_of_one_connection_do_not_delay_a_lookup_of_another() {
+    let (server, user, proxy) = stalled_server(&[]).await;
     let flood = server.client().await;
-    let done = Arc::new(AtomicUsize::new(0));
-    let calls: Vec<JoinHandle<()>> = (0..FLOOD)
+    let calls: Vec<_> = (0..FLOOD)
         .map(|_| {
-            let (mut client, done) = (flood.clone(), Arc::clone(&done));
-            tokio::spawn(async move {
-                client.list_users(list()).await.unwrap();
-                done.fetch_add(1, Ordering::SeqCst);
-            })
+            let mut client = flood.clone();
+            let list = pb::ListUsersRequest { page_size: 1, ..Default::default() };
+            tokio::spawn(async move { client.list_users(list).await })
         })
         .collect();
     received(&flood).await;
     let other = server.client().await;
     let response = tokio::spawn({
         let mut client = other.clone();
-        async move { client.list_users(list()).await }
+        let keys = vec![pb::UserKey { key: Some(pb::user_key::Key::Id(user.id)) }];
+        async move { client.lookup_users(pb::LookupUsersRequest { keys, ..Default::default() }).await }
     });
     received(&other).await;
     proxy.release_responses();
     response.await.unwrap().unwrap();
-    let done = done.load(Ordering::SeqCst);
-    assert!(done < FLOOD / 2, "{done} of {FLOOD} lists were served first");
-    join_all(calls).await.into_iter().for_each(Result::unwrap);
+    for response in join_all(calls).await {
+        response.unwrap().unwrap();
+    }
+    // The server logs each request when it has responded.
+    let log = server.log();
+    let (before, _) = log.split_once("users.v1.UserService/LookupUsers").unwrap();
+    let lists = before.matches("users.v1.UserService/ListUsers").count();
+    assert!(lists < FLOOD / 2, "{lists} of {FLOOD} lists were served first");
+}
+
+#[tokio::test]
+async fn writes_that_wait_for_locks_do_not_delay_reads() {
+    let database = Database::migrated().await;
+    let settings = [("REQUEST_COALESCING", "on"), ("POOL_SIZE", "4"), ("LOCK_TIMEOUT_MS", "60000")];
+    let server = Server::start(&database, &settings).await;
+    let mut client = server.client().await;
+    let alice = created(&mut client, "alice").await;
+    let holder = database.connect().await;
+    holder.batch_execute("begin; select from users for update").await.unwrap();
+    let calls: Vec<_> = (0..20)
+        .map(|_| {
+            let (mut client, request) = (client.clone(), expunge(&alice.id));
+            tokio::spawn(async move { client.expunge_user(request).await })
+        })
+        .collect();
+    received(&client).await;
+    let list = client.list_users(pb::ListUsersRequest::default()).await.unwrap().into_inner();
+    assert_eq!(list.users, std::slice::from_ref(&alice));
+    let user = client.get_user(by_id(&alice.id)).await.unwrap().into_inner().user.unwrap();
+    assert_eq!(user, alice);
+    assert!(calls.iter().all(|call| !call.is_finished()));
+    holder.batch_execute("rollback").await.unwrap();
+    let responses = join_all(calls).await.into_iter().map(Result::unwrap);
+    assert_eq!(responses.filter(Result::is_ok).count(), 1);
 }
 
 #[tokio::test]
 async fn full_queue_rejects_the_connection_with_the_most_requests() {
-    let (server, user, proxy) = stalled_server(&[("MAX_QUEUED_REQUESTS", "100")]).await;
+    let (server, user, proxy) = stalled_server(&[("MAX_QUEUED_REQUESTS", "20")]).await;
     let (flood, mut other) = (server.client().await, server.client().await);
     let get = by_id(&user.id);
     let calls: Vec<_> = (0..FLOOD)
