@@ -3,6 +3,7 @@
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prost::Message;
 use prost_types::{FileDescriptorSet, MethodDescriptorProto, method_options::IdempotencyLevel};
 use tokio::{
@@ -24,8 +25,9 @@ use crate::config::{Config, Reflection, RequestCoalescing};
 use crate::feed::reader::Feed;
 use crate::health;
 use crate::pb;
-use crate::server::dispatch::{GrpcService, MethodKind, NamedService};
+use crate::server::dispatch::{GrpcService, NamedService};
 use crate::server::listener::{self, ListenerLimits};
+use crate::server::method::MethodKind;
 use crate::store;
 use crate::store::change_log;
 use crate::store::connect;
@@ -63,6 +65,7 @@ const FINITE_STREAMS: [&str; 2] = ["ImportUsers", "ExportUsers"];
 /// Runs the service until SIGTERM, SIGINT or the failure of a task.
 pub async fn serve(config: Config) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
+    raise_descriptor_limit();
     let listener = bind(config.listen_addr).await?;
     let addr = listener.local_addr()?;
     let reporter = health::reporter().await;
@@ -184,6 +187,16 @@ pub async fn migrate(config: Config) -> anyhow::Result<()> {
     match dev_postgres {
         Some(dev_postgres) => result.and(dev_postgres.stop().await),
         None => result,
+    }
+}
+
+/// Raises the limit on descriptors as far as the process may: the soft limit is often less than
+/// `MAX_CONNECTIONS` needs.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit on descriptors is not raised");
     }
 }
 

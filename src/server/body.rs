@@ -17,7 +17,7 @@ use tonic::{Status, body::Body};
 
 use crate::error::Error;
 use crate::pb::ErrorReason as Reason;
-use crate::server::state::{RequestState, UnsentBytes};
+use crate::server::state::{RequestState, UnsentPart};
 
 type BoxError = Box<dyn StdError + Send + Sync>;
 
@@ -206,7 +206,7 @@ impl ResponseBody {
     fn count(&mut self, bytes: Bytes) -> Frame<ResponseBytes> {
         let held = self.request.as_ref().map(|request| request.hold_response(bytes.len()));
         match held.transpose() {
-            Ok(held) => Frame::data(ResponseBytes { bytes, _held: held.flatten() }),
+            Ok(held) => Frame::data(ResponseBytes { bytes, _held: held }),
             Err(error) => self.end_with(error),
         }
     }
@@ -242,7 +242,7 @@ impl HttpBody for ResponseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        !self.has_ended && self.body.is_end_stream()
+        self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -253,7 +253,7 @@ impl HttpBody for ResponseBody {
 /// A part of a response. It counts as memory until HTTP/2 drops it.
 pub struct ResponseBytes {
     bytes: Bytes,
-    _held: Option<UnsentBytes>,
+    _held: Option<UnsentPart>,
 }
 
 impl Buf for ResponseBytes {

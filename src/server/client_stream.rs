@@ -98,7 +98,8 @@ const CONTINUATION: u8 = 9;
 const BURST: i64 = 10_000;
 /// Frames without a request that a client may send in a second.
 const PER_SECOND: i64 = 200;
-/// Frames that a client may send for each request: cancelling it, and window updates.
+/// Frames that a client may send for each request: cancelling it, window updates, and small
+/// parts of its message.
 const PER_REQUEST: i64 = 8;
 /// A client may send one frame for so many bytes that the server sends. Go's client sends a
 /// PING and a window update for each message that it reads. The acknowledgement of a PING
@@ -106,7 +107,7 @@ const PER_REQUEST: i64 = 8;
 const BYTES_PER_FRAME: usize = 64;
 
 /// Limits the frames that carry no request: PING, SETTINGS, PRIORITY, RST_STREAM,
-/// WINDOW_UPDATE, empty DATA and unknown ones. Each costs the server time, and neither
+/// WINDOW_UPDATE, DATA with next to nothing in it, and unknown ones. Each costs the server time, and neither
 /// hyper nor h2 limits them.
 struct FrameLimit {
     header: [u8; FRAME_HEADER_SIZE],
@@ -169,7 +170,7 @@ impl FrameLimit {
         self.payload = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
         match kind {
             HEADERS => self.add_credit(PER_REQUEST),
-            DATA if self.payload > 0 => {}
+            DATA if self.payload >= BYTES_PER_FRAME => {}
             // h2 limits these.
             CONTINUATION => {}
             _ => self.credit -= 1,
@@ -217,6 +218,8 @@ mod tests {
             limit.count_received(&ping).is_err()
         });
         assert!(is_limited);
+        let mut limit = FrameLimit::new();
+        assert!((0..2 * BURST).any(|_| limit.count_received(&frame(DATA, 1)).is_err()));
         // A client that cancels every request, and one that reads a stream.
         let cancelled = [frame(HEADERS, 20), frame(DATA, 9), frame(RST_STREAM, 4)].concat();
         let read = [frame(PING, 8), frame(WINDOW_UPDATE, 4), frame(WINDOW_UPDATE, 4)].concat();

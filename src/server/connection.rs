@@ -64,14 +64,12 @@ async fn serve_http2(
     context: Arc<ConnectionContext>,
     state: Arc<ConnectionState>,
 ) {
-    let shutdown = &context.shutdown;
     // Nagle's algorithm would hold back a small response until the previous one is
     // acknowledged.
     let _ = stream.set_nodelay(true);
     let stream = tokio::select! {
         stream = time::timeout(PREFACE_TIMEOUT, ClientStream::after_preface(stream)) => stream,
-        () = state.evicted.cancelled() => return,
-        () = shutdown.cancelled() => return,
+        () = state.stop.cancelled() => return,
     };
     let Ok(Ok(stream)) = stream else { return };
     state.set_has_preface();
@@ -94,29 +92,27 @@ async fn serve_http2(
         .keep_alive_timeout(KEEPALIVE_TIMEOUT);
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let mut unread = pin!(state.unread());
-    let mut evicted = pin!(state.evicted.cancelled());
     tokio::select! {
         result = connection.as_mut() => return log_end(result),
         () = unread.as_mut() => return log_unread(),
-        () = evicted.as_mut() => {
-            // GOAWAY: the client sends new requests elsewhere.
-            connection.as_mut().graceful_shutdown();
-            if state.is_idle() {
-                // One poll writes the GOAWAY.
-                let _ = connection.now_or_never();
-                return;
-            }
-        }
-        () = time::sleep(jittered(context.max_age)) => connection.as_mut().graceful_shutdown(),
-        () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+        () = time::sleep(jittered(context.max_age)) => {}
+        () = state.stop.cancelled() => {}
     }
-    // Requests in flight finish. The client may begin a watch again on a new connection.
+    // GOAWAY: requests in flight finish, and the client sends new ones elsewhere. It may begin a
+    // watch again on a new connection.
+    connection.as_mut().graceful_shutdown();
+    let is_shutdown = context.shutdown.is_cancelled();
+    if state.stop.is_cancelled() && !is_shutdown {
+        // Its place went to another connection. One poll writes the GOAWAY.
+        let _ = connection.now_or_never();
+        return;
+    }
     state.end_watches.cancel();
     tokio::select! {
         result = connection.as_mut() => return log_end(result),
         () = unread => return log_unread(),
-        () = evicted, if !state.evicted.is_cancelled() => return,
-        () = time::sleep(context.max_age_grace) => state.end_streams.cancel(),
+        // The listener has a grace period for shutdown.
+        () = time::sleep(context.max_age_grace), if !is_shutdown => state.end_streams.cancel(),
     }
     let _ = time::timeout(CLOSE_TIMEOUT, connection).await;
 }

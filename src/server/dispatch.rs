@@ -24,6 +24,7 @@ use tower_service::Service;
 use crate::error::Error;
 use crate::pb::ErrorReason as Reason;
 use crate::server::body::{IdleTimer, Messages, RequestBody, ResponseBody, StreamEnd};
+use crate::server::method::MethodKind;
 use crate::server::state::{ConnectionState, RequestState};
 
 /// The response of a service, in the form that tonic generates.
@@ -53,23 +54,6 @@ pub struct NamedService {
     pub service: Arc<dyn GrpcService>,
     /// What the server has to know of its methods.
     pub methods: Vec<MethodKind>,
-}
-
-/// What the server has to know of a method. The default is a unary change.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct MethodKind {
-    /// The name, such as `GetUser`.
-    pub name: String,
-    /// The client sends several messages.
-    pub takes_stream: bool,
-    /// The server sends several messages.
-    pub returns_stream: bool,
-    /// The stream ends by itself. Others are ended when their connection is too old.
-    pub is_finite: bool,
-    /// How long the stream waits for a message of its client. `None`: the service decides.
-    pub idle_timeout: Option<Duration>,
-    /// The method changes nothing.
-    pub is_read: bool,
 }
 
 /// Handles the requests of all connections.
@@ -135,8 +119,8 @@ impl Dispatcher {
         };
         let unary = MethodKind::default();
         let method = methods.iter().find(|known| known.name == method).unwrap_or(&unary);
-        let is_stream = method.takes_stream || method.returns_stream;
-        let state = match connection.start_request(is_stream, method.is_read) {
+        let is_stream = method.is_stream();
+        let state = match connection.start_request(method) {
             Ok(state) => state,
             Err(error) => return PendingResponse::rejected(Status::from(error).into_http()),
         };

@@ -54,7 +54,10 @@ impl ListenerLimits {
                 stream_read_timeout: Duration::from_millis(config.stream_read_timeout_ms),
             },
             max_connection_age: Duration::from_millis(config.max_connection_age_ms),
-            max_connection_age_grace: Duration::from_millis(config.max_connection_age_grace_ms),
+            // Requests that are no streams have the time that they would have anyway.
+            max_connection_age_grace: Duration::from_millis(
+                config.max_connection_age_grace_ms.max(config.request_timeout_ms),
+            ),
             shutdown_grace: Duration::from_millis(config.shutdown_grace_ms),
         }
     }
@@ -104,6 +107,7 @@ pub async fn serve(
             Ok((stream, _)) => stream,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
+                evict(&mut places);
                 time::sleep(ACCEPT_RETRY_DELAY).await;
                 continue;
             }
@@ -144,18 +148,21 @@ pub async fn serve(
 /// share: a new client needs a moment until its preface is here. So silent connections take
 /// no places from idle clients, and idle connections keep no new client out.
 fn evict(places: &mut HashMap<task::Id, Arc<ConnectionState>>) -> bool {
-    let oldest = |has_preface: bool| {
-        let idle = places.iter().filter(|(_, state)| state.has_preface() == has_preface);
-        let idle = idle.filter_map(|(id, state)| Some((state.idle_since()?, *id)));
-        idle.min_by_key(|(since, _)| *since).map(|(_, id)| id)
-    };
     let silent = places.values().filter(|state| !state.has_preface()).count();
-    let [first, second] = if silent * SILENT_SHARE > places.len() { [false, true] } else { [true, false] };
-    let Some(id) = oldest(first).or_else(|| oldest(second)) else { return false };
-    if let Some(state) = places.remove(&id) {
-        state.evicted.cancel();
+    let is_preferred =
+        |state: &ConnectionState| state.has_preface() != (silent * SILENT_SHARE > places.len());
+    // A connection that gets a request meanwhile is not idle any more.
+    while let Some((_, _, _, id)) = places
+        .iter()
+        .filter_map(|(id, state)| Some((!is_preferred(state), state.idle_since()?, state.id, *id)))
+        .min()
+    {
+        if places.get(&id).is_some_and(|state| state.evict()) {
+            places.remove(&id);
+            return true;
+        }
     }
-    true
+    false
 }
 
 fn id_of(ended: Result<(task::Id, ()), JoinError>) -> task::Id {

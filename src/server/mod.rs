@@ -6,4 +6,5 @@ pub mod connection;
 pub mod dispatch;
 pub mod executor;
 pub mod listener;
+pub mod method;
 mod state;

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
 use crate::limits::ConnectionId;
+use crate::server::method::MethodKind;
 
 /// Bytes are counted in blocks of this size. Small requests and responses, which are most,
 /// fill no block and cost no counting; the limit on requests bounds them.
@@ -67,8 +68,8 @@ pub(super) struct ConnectionState {
     has_preface: AtomicBool,
     unsent_unary: Unsent,
     unsent_streams: Unsent,
-    /// Asks the connection to give its place to another.
-    pub(super) evicted: CancellationToken,
+    /// Asks the connection to end: shutdown, or its place goes to another.
+    pub(super) stop: CancellationToken,
     /// Ends the streams that have no end of their own. Shutdown cancels it too.
     pub(super) end_watches: CancellationToken,
     /// Ends all streams. Shutdown cancels it too.
@@ -88,7 +89,7 @@ impl ConnectionState {
             has_preface: AtomicBool::new(false),
             unsent_unary: Unsent::default(),
             unsent_streams: Unsent::default(),
-            evicted: CancellationToken::new(),
+            stop: shutdown.child_token(),
             end_watches: end_streams.child_token(),
             end_streams,
         };
@@ -111,31 +112,32 @@ impl ConnectionState {
         self.has_preface.load(Relaxed)
     }
 
-    /// Whether no request is in flight.
-    pub(super) fn is_idle(&self) -> bool {
-        self.requests.load(Relaxed) == 0
-    }
-
     /// Since when no request has been in flight, in milliseconds since the server started.
     /// `None` while one is.
     pub(super) fn idle_since(&self) -> Option<u64> {
-        self.is_idle().then(|| self.idle_since.load(Relaxed))
+        (self.requests.load(Relaxed) == 0).then(|| self.idle_since.load(Relaxed))
+    }
+
+    /// Ends the connection, if it is idle. A request that comes now finds no place.
+    pub(super) fn evict(&self) -> bool {
+        let is_idle = self.requests.compare_exchange(0, usize::MAX / 2, Relaxed, Relaxed).is_ok();
+        if is_idle {
+            self.stop.cancel();
+        }
+        is_idle
     }
 
     /// Counts a request. It fails if too many are in flight, or if the connection already
     /// holds all bytes that it may.
-    pub(super) fn start_request(
-        self: &Arc<Self>,
-        is_stream: bool,
-        is_read: bool,
-    ) -> Result<Arc<RequestState>, Error> {
+    pub(super) fn start_request(self: &Arc<Self>, method: &MethodKind) -> Result<Arc<RequestState>, Error> {
         let all = self.server.requests.fetch_add(1, Relaxed);
         let own = self.requests.fetch_add(1, Relaxed);
         // From here on, dropping the state undoes the count.
         let request = Arc::new(RequestState {
             connection: Arc::clone(self),
-            is_stream,
-            is_read,
+            takes_stream: method.takes_stream,
+            is_stream: method.is_stream(),
+            is_read: method.is_read,
             request_bytes: AtomicUsize::new(0),
             unsent: AtomicUsize::new(0),
             is_responding: AtomicBool::new(false),
@@ -146,16 +148,22 @@ impl ConnectionState {
         if own >= limit.saturating_sub(all) {
             return Err(Error::TooManyStreams { what: "requests in flight", limit });
         }
-        self.take_bytes(0)?;
+        if self.bytes.load(Relaxed) > self.byte_limit(self.server.bytes.load(Relaxed)) {
+            return Err(Error::TooManyBytes);
+        }
         Ok(request)
     }
 
-    fn take_bytes(&self, bytes: usize) -> Result<(), Error> {
+    /// The most that this connection may hold while all connections hold `all`.
+    fn byte_limit(&self, all: usize) -> usize {
         let limits = &self.server.limits;
+        cmp::min(limits.max_bytes_per_connection, limits.max_bytes.saturating_sub(all))
+    }
+
+    fn take_bytes(&self, bytes: usize) -> Result<(), Error> {
         let all = self.server.bytes.fetch_add(bytes, Relaxed);
         let own = self.bytes.fetch_add(bytes, Relaxed);
-        let limit = cmp::min(limits.max_bytes_per_connection, limits.max_bytes.saturating_sub(all));
-        if own + bytes > limit {
+        if own + bytes > self.byte_limit(all) {
             self.release_bytes(bytes);
             return Err(Error::TooManyBytes);
         }
@@ -183,31 +191,31 @@ impl ConnectionState {
     }
 }
 
-/// Response bytes that have not been sent, by the period in which they were made.
+/// Parts of responses that have not been sent, by the period in which they were made.
 #[derive(Default)]
 struct Unsent {
-    bytes: [AtomicUsize; 2],
+    parts: [AtomicUsize; 2],
     period: AtomicUsize,
 }
 
 impl Unsent {
-    /// Adds bytes, and returns the period.
-    fn add(&self, bytes: usize) -> usize {
+    /// Adds a part, and returns the period.
+    fn add(&self) -> usize {
         let period = self.period.load(Relaxed);
-        self.bytes.get(period).map(|unsent| unsent.fetch_add(bytes, Relaxed));
+        self.parts.get(period).map(|unsent| unsent.fetch_add(1, Relaxed));
         period
     }
 
-    fn remove(&self, bytes: usize, period: usize) {
-        self.bytes.get(period).map(|unsent| unsent.fetch_sub(bytes, Relaxed));
+    fn remove(&self, period: usize) {
+        self.parts.get(period).map(|unsent| unsent.fetch_sub(1, Relaxed));
     }
 
-    /// Waits until some of the bytes are as old as two to four timeouts. A response that can
+    /// Waits until some of the parts are as old as two to four timeouts. A response that can
     /// be reset has been by then.
     async fn stuck(&self, timeout: Duration) {
         loop {
             time::sleep(timeout * 2).await;
-            let [first, second] = &self.bytes;
+            let [first, second] = &self.parts;
             let (next, previous) = if self.period.load(Relaxed) == 0 { (1, second) } else { (0, first) };
             if previous.load(Relaxed) > 0 {
                 return;
@@ -220,11 +228,12 @@ impl Unsent {
 /// What one request holds, until its response is sent.
 pub(super) struct RequestState {
     connection: Arc<ConnectionState>,
+    takes_stream: bool,
     is_stream: bool,
     is_read: bool,
     /// Counted bytes of the request, in blocks.
     request_bytes: AtomicUsize,
-    /// Counted bytes of the response that HTTP/2 has and has not sent.
+    /// Parts of the response that HTTP/2 has and has not sent.
     unsent: AtomicUsize,
     is_responding: AtomicBool,
     /// Whether HTTP/2 waits for the client before it takes more of the response.
@@ -247,11 +256,10 @@ impl RequestState {
         Ok(())
     }
 
-    /// The response begins. A request that is no stream has been handled, and is no longer
-    /// in memory.
+    /// The response begins. A request of one message is no longer in memory.
     pub(super) fn start_response(&self) {
         self.is_responding.store(true, Relaxed);
-        if !self.is_stream {
+        if !self.takes_stream {
             self.connection.release_bytes(self.request_bytes.swap(0, Relaxed));
         }
     }
@@ -261,20 +269,20 @@ impl RequestState {
         self.is_unread.store(false, Relaxed);
     }
 
-    /// Counts a part of the response. `None` if it is too small to be counted.
-    pub(super) fn hold_response(self: &Arc<Self>, bytes: usize) -> Result<Option<UnsentBytes>, Error> {
+    /// Counts a part of the response. The bytes of a small one are not counted.
+    pub(super) fn hold_response(self: &Arc<Self>, bytes: usize) -> Result<UnsentPart, Error> {
         self.progress.fetch_add(1, Relaxed);
         self.is_unread.store(true, Relaxed);
-        if bytes < BLOCK {
-            return Ok(None);
+        let bytes = if bytes < BLOCK { 0 } else { bytes };
+        if bytes > 0 {
+            self.connection.take_bytes(bytes).map_err(|error| match self.is_stream || self.is_read {
+                true => error,
+                false => Error::ResponseDropped,
+            })?;
         }
-        self.connection.take_bytes(bytes).map_err(|error| match self.is_stream || self.is_read {
-            true => error,
-            false => Error::ResponseDropped,
-        })?;
-        self.unsent.fetch_add(bytes, Relaxed);
-        let period = self.connection.unsent(self.is_stream).add(bytes);
-        Ok(Some(UnsentBytes { request: Arc::clone(self), bytes, period }))
+        self.unsent.fetch_add(1, Relaxed);
+        let period = self.connection.unsent(self.is_stream).add();
+        Ok(UnsentPart { request: Arc::clone(self), bytes, period })
     }
 }
 
@@ -289,19 +297,23 @@ impl Drop for RequestState {
     }
 }
 
-/// A counted part of a response. Dropped when it is sent, or will never be.
-pub(super) struct UnsentBytes {
+/// A part of a response. Dropped when it is sent, or will never be. Until then, its request is
+/// in flight.
+pub(super) struct UnsentPart {
     request: Arc<RequestState>,
+    /// Counted bytes.
     bytes: usize,
     period: usize,
 }
 
-impl Drop for UnsentBytes {
+impl Drop for UnsentPart {
     fn drop(&mut self) {
         let RequestState { connection, is_stream, unsent, progress, .. } = &*self.request;
-        unsent.fetch_sub(self.bytes, Relaxed);
-        connection.unsent(*is_stream).remove(self.bytes, self.period);
-        connection.release_bytes(self.bytes);
+        unsent.fetch_sub(1, Relaxed);
+        connection.unsent(*is_stream).remove(self.period);
+        if self.bytes > 0 {
+            connection.release_bytes(self.bytes);
+        }
         progress.fetch_add(1, Relaxed);
     }
 }
@@ -337,5 +349,84 @@ impl ReadDeadline {
             self.progress = progress;
             timer.as_mut().reset(Instant::now() + timeout);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    fn server(max_requests: usize) -> Arc<ServerState> {
+        let timeout = Duration::from_secs(1);
+        Arc::new(ServerState::new(RequestLimits {
+            max_requests,
+            max_bytes: 8 * MIB,
+            max_bytes_per_connection: 6 * MIB,
+            timeout,
+            stream_read_timeout: timeout,
+        }))
+    }
+
+    fn connection(server: &Arc<ServerState>, id: u64) -> Arc<ConnectionState> {
+        Arc::new(ConnectionState::new(ConnectionId(id), Arc::clone(server), &CancellationToken::new()))
+    }
+
+    #[test]
+    fn connection_holds_no_more_than_is_left_for_all_others() {
+        let server = server(4);
+        let [first, second] = [connection(&server, 1), connection(&server, 2)];
+        let unary = MethodKind::default();
+        let held: Vec<_> = (0..2).map(|_| first.start_request(&unary).unwrap()).collect();
+        assert!(first.start_request(&unary).is_err());
+        let other = second.start_request(&unary).unwrap();
+        held[0].hold_request(4 * MIB).unwrap();
+        assert_eq!(held[1].hold_request(MIB), Err(Error::TooManyBytes));
+        other.hold_request(2 * MIB).unwrap();
+        assert_eq!(other.hold_request(5 * MIB), Err(Error::TooManyBytes));
+        drop((held, other));
+        assert_eq!((server.requests.load(Relaxed), server.bytes.load(Relaxed)), (0, 0));
+        assert_eq!((first.bytes.load(Relaxed), second.bytes.load(Relaxed)), (0, 0));
+    }
+
+    #[test]
+    fn request_is_in_flight_until_its_response_is_sent() {
+        let server = server(4);
+        let connection = connection(&server, 1);
+        for bytes in [1, MIB] {
+            let request = connection.start_request(&MethodKind::default()).unwrap();
+            request.start_response();
+            let part = request.hold_response(bytes).unwrap();
+            drop(request);
+            assert_eq!(connection.idle_since(), None);
+            drop(part);
+            assert!(connection.idle_since().is_some());
+            assert_eq!(server.bytes.load(Relaxed), 0);
+        }
+    }
+
+    #[test]
+    fn only_an_idle_connection_is_evicted_and_takes_no_request_then() {
+        let server = server(4);
+        let connection = connection(&server, 1);
+        let request = connection.start_request(&MethodKind::default()).unwrap();
+        assert!(!connection.evict());
+        drop(request);
+        assert!(connection.evict() && connection.stop.is_cancelled());
+        assert!(connection.start_request(&MethodKind::default()).is_err());
+        assert_eq!(connection.idle_since(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn response_that_stays_unsent_ends_the_wait_for_its_client() {
+        let server = server(4);
+        let connection = connection(&server, 1);
+        let request = connection.start_request(&MethodKind::default()).unwrap();
+        drop(request.hold_response(1).unwrap());
+        let timeout = server.limits.timeout * 10;
+        time::timeout(timeout, connection.unread()).await.unwrap_err();
+        let _unsent = request.hold_response(1).unwrap();
+        time::timeout(timeout, connection.unread()).await.unwrap();
     }
 }

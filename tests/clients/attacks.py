@@ -5,6 +5,7 @@ attack, an innocent client (grpcio, with a connection of its own) has to be serv
 watches the memory of the server. The exit status is 0 if the server has defended itself."""
 
 import random
+import resource
 import select
 import socket
 import struct
@@ -283,6 +284,8 @@ def control_floods():
 
 
 def half_open_connections():
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     sockets = []
     for n in range(1_200):
         half = socket.create_connection((host, int(port)))
@@ -314,6 +317,15 @@ def one_byte_windows():
     connection = Connection(window=1)
     for _ in range(1_000):
         connection.call("ListUsers", request("ListUsers", page_size=1_000))
+    innocent()
+    connection.until_closed()
+
+
+def small_unread_responses():
+    """The same with responses that are too small for their bytes to be counted."""
+    connection = Connection(window=1)
+    for _ in range(1_000):
+        connection.call("ListUsers", request("ListUsers", page_size=1))
     innocent()
     connection.until_closed()
 

@@ -66,11 +66,25 @@ attacks! {
     half_open_connections_do_not_keep_a_client_out: "half_open_connections",
     unread_responses_are_bounded_and_reset: "zero_windows",
     responses_that_cannot_be_reset_close_the_connection: "one_byte_windows",
-    unfinished_requests_are_bounded_and_end: "unfinished_requests",
+    small_responses_that_cannot_be_reset_close_the_connection: "small_unread_responses",
     unfinished_reflection_is_bounded_and_ends: "unfinished_reflection",
-    malformed_requests_are_rejected: "malformed_requests",
     random_bytes_are_rejected_by_every_rpc: "random_bytes",
-    client_that_cancels_all_its_requests_keeps_its_connection: "mass_cancellation",
+}
+
+/// The client has to reach the limit before the deadline of its requests.
+#[tokio::test]
+async fn unfinished_requests_are_bounded_and_end() {
+    attack_within("unfinished_requests", "15000").await;
+}
+
+#[tokio::test]
+async fn malformed_requests_are_rejected() {
+    attack_within("malformed_requests", "60000").await;
+}
+
+#[tokio::test]
+async fn client_that_cancels_all_its_requests_keeps_its_connection() {
+    attack_within("mass_cancellation", "60000").await;
 }
 
 #[tokio::test]

@@ -3,17 +3,18 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
-use tonic::Code;
+use tonic::{Code, transport::Channel};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
-use user_service::pb;
+use user_service::pb::{self, user_service_client::UserServiceClient};
 
 use crate::feed::watch::{Watch, insert};
 use crate::support::*;
@@ -52,9 +53,23 @@ async fn is_open(stream: &mut TcpStream) -> bool {
     timeout(Duration::from_secs(60), answered).await.unwrap()
 }
 
+/// Opens two connections, each with a watch. The second follows the watch of the first, because a
+/// connection without a preface is the first to lose its place.
+async fn busy_clients(server: &Server) -> (Vec<UserServiceClient<Channel>>, Vec<Watch>) {
+    let (mut clients, mut watches) = (Vec::new(), Vec::new());
+    for _ in 0..2 {
+        let mut client = server.client().await;
+        watches.push(Watch::from_now(&mut client).await);
+        clients.push(client);
+    }
+    (clients, watches)
+}
+
 #[tokio::test]
 async fn silent_connections_do_not_keep_a_client_out() {
     const SILENT: usize = 1500;
+    let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).unwrap();
     for bytes in [b"".as_slice(), &PREFACE[..12], PREFACE] {
         let (server, _) = server().await;
         let mut silent = Vec::new();
@@ -105,11 +120,7 @@ async fn connection_beyond_the_limit_takes_the_place_of_the_one_that_is_idle_lon
 async fn connection_beyond_the_limit_is_closed_if_none_is_idle() {
     let database = Database::migrated().await;
     let server = Server::start(&database, &[("MAX_CONNECTIONS", "2")]).await;
-    let mut clients = [server.client().await, server.client().await];
-    let mut watches = Vec::new();
-    for client in &mut clients {
-        watches.push(Watch::from_now(client).await);
-    }
+    let (mut clients, mut watches) = busy_clients(&server).await;
     closed(&mut connect(&server, PREFACE).await).await;
     assert!(server.log().contains("connection limit reached"));
     created(&mut clients[0], "alice").await;
@@ -143,11 +154,7 @@ async fn probe_is_answered_while_no_connection_is_free() {
     let settings =
         [("MAX_CONNECTIONS", "2"), ("MAX_REQUESTS_IN_FLIGHT", "4"), ("HEALTH_ADDR", "127.0.0.1:0")];
     let server = Server::start(&database, &settings).await;
-    let mut clients = [server.client().await, server.client().await];
-    let mut watches = Vec::new();
-    for client in &mut clients {
-        watches.push(Watch::from_now(client).await);
-    }
+    let _busy = busy_clients(&server).await;
     assert_eq!(server.health("").await, None);
     let addr = server.health_addr();
     for (name, status) in [
@@ -159,8 +166,8 @@ async fn probe_is_answered_while_no_connection_is_free() {
         assert_eq!(server.health_at(&addr, name).await, status, "{name}");
     }
     // There is nothing else at this address, and many connections do not keep a probe out.
-    let channel = tonic::transport::Channel::from_shared(format!("http://{addr}")).unwrap();
-    let mut client = pb::user_service_client::UserServiceClient::new(channel.connect().await.unwrap());
+    let channel = Channel::from_shared(format!("http://{addr}")).unwrap();
+    let mut client = UserServiceClient::new(channel.connect().await.unwrap());
     let status = client.get_user(by_id(&new_request_id())).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
     let silent = join_all((0..100).map(|_| TcpStream::connect(&addr))).await;
@@ -235,16 +242,49 @@ async fn old_connection_ends_its_watches_and_finishes_its_other_streams() {
 async fn old_connection_is_closed_after_the_grace_period() {
     let database = Database::migrated().await;
     insert(&database, "user", 10, 2_000).await;
-    let settings =
-        [("MAX_CONNECTION_AGE_MS", "1000"), ("MAX_CONNECTION_AGE_GRACE_MS", "0"), ("MAX_EXPORTS", "1")];
+    let settings = [
+        ("MAX_CONNECTION_AGE_MS", "1000"),
+        ("MAX_CONNECTION_AGE_GRACE_MS", "0"),
+        ("REQUEST_TIMEOUT_MS", "1000"),
+        ("MAX_EXPORTS", "1"),
+    ];
     let server = Server::start(&database, &settings).await;
     let mut stalled = narrow_client(&server).await;
     let _unread = stalled.export_users(pb::ExportUsersRequest::default()).await.unwrap();
+    let import = server.client().await.import_users(futures_util::stream::pending()).await.unwrap();
+    let ended = import.into_inner().message().await;
+    assert_rejected(ended, Code::Unavailable, "SHUTTING_DOWN");
     // The client still does not read, but it holds nothing any more.
     eventually("the export has ended", async || {
         server.client().await.export_users(pb::ExportUsersRequest::default()).await.ok()
     })
     .await;
+}
+
+#[tokio::test]
+async fn request_outlives_the_age_of_its_connection() {
+    let database = Database::migrated().await;
+    let settings = [
+        ("MAX_CONNECTION_AGE_MS", "1000"),
+        ("MAX_CONNECTION_AGE_GRACE_MS", "0"),
+        ("LOCK_TIMEOUT_MS", "60000"),
+        ("REQUEST_TIMEOUT_MS", "60000"),
+    ];
+    let server = Server::start(&database, &settings).await;
+    let id = created(&mut server.client().await, "alice").await.id;
+    let holder = database.connect().await;
+    holder.batch_execute("begin; select from users for update").await.unwrap();
+    let mut client = server.client().await;
+    let call = tokio::spawn(async move { client.update_user(rename(&id, "New")).await });
+    eventually("the request waits for the row", async || (database.count(WAITING).await == 1).then_some(()))
+        .await;
+    // Three younger connections get old meanwhile.
+    for _ in 0..3 {
+        let mut watch = Watch::from_now(&mut server.client().await).await;
+        while watch.message().await.is_ok() {}
+    }
+    holder.batch_execute("rollback").await.unwrap();
+    assert_eq!(call.await.unwrap().unwrap().into_inner().user.unwrap().revision, 2);
 }
 
 #[tokio::test]
