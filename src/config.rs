@@ -56,8 +56,8 @@ pub struct Config {
     #[arg(long, env, default_value_t = 5_000, value_parser = range::<u64>(1, 600_000))]
     pub pool_acquire_timeout_ms: u64,
 
-    /// Maximum number of requests that wait for a connection, and for the next shared
-    /// statement of each kind. More fail at once with OVERLOADED.
+    /// Maximum number of requests that wait for a connection, and in each queue. For one more,
+    /// one of the client connection with the most fails with OVERLOADED.
     #[arg(long, env, default_value_t = 1_024, value_parser = range::<usize>(1, 1_000_000))]
     pub max_queued_requests: usize,
 
@@ -103,8 +103,8 @@ pub struct Config {
     #[arg(long, env, default_value_t = 1_800_000, value_parser = range::<u64>(1_000, 86_400_000))]
     pub max_connection_age_ms: u64,
 
-    /// After that age: how long imports and exports may continue, in milliseconds. Then they end
-    /// with SHUTTING_DOWN, and the connection is closed.
+    /// After that age: how long imports and exports may continue, in milliseconds, at least
+    /// REQUEST_TIMEOUT_MS. Then they end with SHUTTING_DOWN, and the connection is closed.
     #[arg(long, env, default_value_t = 900_000, value_parser = range::<u64>(0, 86_400_000))]
     pub max_connection_age_grace_ms: u64,
 

@@ -3,7 +3,7 @@
 //! # The path of a request
 //!
 //! ```text
-//! server/connection.rs   serve                 HTTP/2, limits, age of the connection
+//! server/connection.rs   serve_connection      HTTP/2, limits, age of the connection
 //! server/dispatch.rs     dispatch              deadline, panic, error details: the same for every rpc
 //! api/service.rs         create_user           one function an rpc: parse, run, respond
 //! model/request.rs       Create::parse         pure; all violations at once; always valid afterwards
